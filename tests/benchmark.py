@@ -1,0 +1,265 @@
+"""How fast the notebook is, beside plain versions in the manner of most notebooks.
+
+    python tests/benchmark.py            # under 10 minutes on two cores
+    python tests/benchmark.py --quick    # under a minute, fewer repeats
+
+Each row is measured in a process of its own, the variants of a row in turns; figures are
+medians with minimum and maximum. The text is the TinyStories sample where it is at hand
+(see conftest.py), else the practice corpus.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import numpy as np
+import torch
+import torch.nn.functional as F
+from conftest import GPT2_VOCABULARY, SAMPLE, load_notebook
+
+nb = load_notebook()
+nb.WORLD, nb.RANK = 1, 0
+CORES = os.cpu_count()
+
+
+def stories() -> list[str]:
+    """Training stories: the sample's, or practice."""
+    if SAMPLE:
+        return [s for batch in nb.file_source(SAMPLE).batches("train") for s in batch]
+    return nb.practice_corpus(20_000, 0)[0]
+
+
+def tokenizer():
+    """GPT-2's where its vocabulary is at hand, else our own of 4,096."""
+    return nb.restore_tokenizer({"name": "gpt2"}) if GPT2_VOCABULARY else own_tokenizer()
+
+
+def own_tokenizer():
+    return nb.train_bpe(stories()[:5_000], 4_096)
+
+
+def seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def in_turns(variants: dict, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each variant, called in turns after one call to warm up."""
+    times = {name: [] for name in variants}
+    for name in list(variants) * (repeats + 1):
+        times[name].append(seconds(variants[name]))
+    return {name: values[1:] for name, values in times.items()}
+
+
+def rates(times: dict, amount: float) -> dict[str, list[float]]:
+    return {name: [amount / t for t in values] for name, values in times.items()}
+
+
+def preparation(repeats):
+    """MB of text per second, from stories to train.bin (GPT-2 tokens)."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    texts, tok = stories(), tokenizer()
+    texts = texts * (1 if repeats < 3 else 4)
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    few = texts[: len(texts) // (8 if repeats < 3 else 16)]
+    few_size = sum(len(text.encode()) for text in few) / 1e6
+    one_string = "\n".join(texts[: len(texts) // 4])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.bin"
+
+        def ours():
+            nb.write_tokens(nb.in_batches(iter(texts)), tok, path, None, "benchmark")
+
+        def mapped():  # per example, then through shards into a memmap
+            data = datasets.Dataset.from_dict({"text": few})
+            data = data.map(
+                lambda row: {"ids": [*tok.encode_ordinary(row["text"]), tok.eot_token]},
+                remove_columns="text",
+                num_proc=CORES,
+            )
+            length = sum(len(ids) for ids in data["ids"])
+            out = np.memmap(Path(folder) / "mapped.bin", np.uint16, "w+", shape=(length,))
+            at = 0
+            for i in range(64):
+                shard = data.shard(64, i, contiguous=True).with_format("numpy")
+                ids = np.concatenate(list(shard["ids"]))
+                out[at : at + len(ids)] = ids
+                at += len(ids)
+            out.flush()
+
+        result = rates(in_turns({"ours": ours}, repeats), size)
+        result |= rates(in_turns({"datasets.map, shards, memmap": mapped}, 1), few_size)
+        alone = {"tiktoken, one string, one thread": lambda: tok.encode_ordinary(one_string)}
+        result |= rates(in_turns(alone, repeats), len(one_string.encode()) / 1e6)
+    return result, "MB/s"
+
+
+def bpe(repeats):
+    """Seconds to learn 4,096 tokens."""
+    import tokenizers
+
+    texts = stories()
+
+    def rust():
+        model = tokenizers.Tokenizer(tokenizers.models.BPE())
+        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(nb.SPLIT_PATTERN), "isolated")
+        by_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, by_bytes])
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=4_096, initial_alphabet=alphabet, show_progress=False
+        )
+        model.train_from_iterator(texts, trainer)
+
+    variants = {"ours (Python)": lambda: nb.train_bpe(texts, 4_096), "tokenizers (Rust)": rust}
+    return in_turns(variants, repeats), "s"
+
+
+def batch(repeats):
+    """Milliseconds for a batch of 32 x 256."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ribbon.bin"
+        np.random.default_rng(0).integers(0, 50_000, 20_000_000).astype(np.uint16).tofile(path)
+        ribbon = np.memmap(path, np.uint16, "r")
+        starts = np.arange(0, len(ribbon) - 257, 200)
+
+        def slices():  # the file opened anew, one slice after the other
+            data = np.memmap(path, np.uint16, "r")
+            ix = torch.randint(len(data) - 256, (32,))
+            torch.stack([torch.from_numpy(data[i : i + 256].astype(np.int64)) for i in ix])
+            torch.stack([torch.from_numpy(data[i + 1 : i + 257].astype(np.int64)) for i in ix])
+
+        many = 200
+        variants = {
+            "ours": lambda: [nb.get_batch(ribbon, 32, 256, 0, t, starts) for t in range(many)],
+            "list of slices": lambda: [slices() for _ in range(many)],
+        }
+        times = in_turns(variants, repeats)
+    return {name: [1e3 * t / many for t in values] for name, values in times.items()}, "ms"
+
+
+def training(preset: str, variant: str, repeats: int):
+    """Tokens per second of whole optimizer steps, and peak memory in MB."""
+    row = nb.PRESETS[preset]
+    config = nb.GPTConfig(**row["model"])
+    windows = {"slm": 32}.get(preset, 8)
+    x, y = torch.randint(config.vocab_size, (2, windows, config.block_size))
+    torch.manual_seed(0)
+    model = nb.GPT(config)
+    if variant == "plain":  # float32, logits in full, nothing fused, nothing kept
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+        def step():
+            logits = model(x)[0]
+            F.cross_entropy(logits.view(-1, logits.shape[-1]), y.flatten()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    else:
+        nb.keep_big_buffers()
+        machine = nb.Machine(torch.device("cpu"), *nb.choose_precision(torch.device("cpu")))
+        cfg = nb.TrainConfig(**row["training"] | {"learning_rate": 1e-4, "min_lr": 1e-5})
+        optimizers, scaler = nb.make_optimizers(model, cfg), machine.scaler()
+
+        def step():
+            nb.training_step(
+                model, model, optimizers, scaler, x, y, 1e-4, cfg, machine, min(windows, 16)
+            )
+
+    step()
+    base = windows * config.block_size
+    speeds = [base / seconds(step) for _ in range(repeats)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    share = nb.flops_per_token(config) * statistics.median(speeds)
+    return {"speed": speeds, "peak": peak, "flops": share}
+
+
+def generation(repeats):
+    """Tokens per second, 30 M parameters, 120 tokens after 8, greedy."""
+    torch.manual_seed(0)
+    model = nb.GPT(nb.GPTConfig()).eval()
+    start = torch.randint(50_257, (1, 8))
+    written = {}
+
+    def write(use_cache):
+        written[use_cache] = model.generate(start, 120, temperature=0.0, use_cache=use_cache)
+
+    times = in_turns(
+        {"ours (cache)": lambda: write(True), "no cache": lambda: write(False)}, repeats
+    )
+    assert torch.equal(written[True], written[False])
+    return rates(times, 120), "tokens/s"
+
+
+def matrix_rate(dtype) -> float:
+    """Operations per second of a 2048 x 2048 matrix product."""
+    m = torch.randn(2048, 2048).to(dtype)
+    return 2 * 2048**3 / nb.median_seconds(lambda: m @ m, 9)
+
+
+def measure(name: str, repeats: int):
+    """Run one measurement in a process of its own; returns what it found."""
+    command = [sys.executable, __file__, "--only", name, "--repeats", str(repeats)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def row(what, name, values, unit, remark=""):
+    middle = statistics.median(values)
+    text = f"{middle:,.3g}" if middle < 1_000 else f"{middle:,.0f}"
+    low, high = (f"{v:,.3g}" if v < 1_000 else f"{v:,.0f}" for v in (min(values), max(values)))
+    print(f"| {what} | {name} | {text} {unit} | {low} to {high} | {remark} |", flush=True)
+
+
+def main(repeats: int):
+    text = "TinyStories sample" if SAMPLE else "practice corpus"
+    print(f"{platform.processor() or platform.machine()}, {CORES} cores, torch {torch.__version__}")
+    print(f"text: {text}; vocabulary: {'GPT-2' if GPT2_VOCABULARY else 'own'}\n")
+    print("| what | variant | median | range | remark |\n| --- | --- | --- | --- | --- |")
+    for name in ("preparation", "bpe", "batch", "generation"):
+        found, unit = measure(name, repeats)
+        first = next(iter(found))
+        ours = statistics.median(found[first])
+        for variant, values in found.items():
+            ratio = ours / statistics.median(values)
+            remark = "" if variant == first else f"ours / this: {ratio:.2f}"
+            row(name, variant, values, unit, remark)
+    rate = matrix_rate(torch.bfloat16), matrix_rate(torch.float32)
+    for preset in ("slm", "laptop"):
+        plain = measure(f"training {preset} plain", repeats)
+        ours = measure(f"training {preset} ours", repeats)
+        speedup = statistics.median(ours["speed"]) / statistics.median(plain["speed"])
+        remark = (
+            f"{speedup:.2f} x plain; {ours['flops'] / max(rate):.0%} of the matrix rate; peak "
+            f"{ours['peak']:,.0f} MB against {plain['peak']:,.0f}"
+        )
+        row(f"training `{preset}`", "ours", ours["speed"], "tokens/s", remark)
+        row(f"training `{preset}`", "plain float32 loop", plain["speed"], "tokens/s")
+    print(f"\nmatrix rate: bfloat16 {rate[0] / 1e9:.0f}, float32 {rate[1] / 1e9:.0f} GFLOP/s")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, under a minute")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=5, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not arguments.only:
+        main(1 if arguments.quick else arguments.repeats)
+    else:
+        name, *rest = arguments.only.split()
+        found = globals()[name](*rest, arguments.repeats)
+        print(json.dumps(found))
