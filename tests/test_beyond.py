@@ -1,8 +1,11 @@
 """Beyond one notebook: several processes, settings from outside, other people's libraries."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, needs_gpt2
@@ -104,3 +107,46 @@ def test_a_wrong_setting_ends_a_program_with_one_sentence(script, tmp_path):  # 
     assert done.returncode == 1
     assert done.stderr.startswith("UserError: PRESET = 'smal' is unknown")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_run_with_a_sentence_and_a_whole_checkpoint(
+    nb,
+    script,  # noqa: F811
+    tmp_path,
+):
+    steps = TINY | {"MAX_STEPS": 3_000}
+    steps["TRAINING"] = steps["TRAINING"] | {"evaluations": 300}
+    environment = os.environ | {f"SLM_{name}": str(value) for name, value in steps.items()}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "said", "w") as said:
+        run = subprocess.Popen(
+            torchrun(script, 2), cwd=tmp_path, env=environment, stdout=said, stderr=said
+        )
+        deadline = time.time() + 120
+        while not list(tmp_path.glob("runs/*/last.pt")):
+            assert time.time() < deadline and run.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.5)
+        time.sleep(2)
+        workers = subprocess.run(["ps", "--ppid", str(run.pid), "-o", "pid="], capture_output=True)
+        os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+        assert run.wait(timeout=60) != 0
+    assert "of this run has died" in (tmp_path / "said").read_text()
+    (last,) = tmp_path.glob("runs/*/last.pt")
+    assert nb.load_checkpoint(last)["step"] >= 0
+    assert not list(tmp_path.glob("runs/*/*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_book_of_ones_own_trains_and_is_measured(nb, script, tmp_path):  # noqa: F811
+    chapters = nb.practice_corpus(400, seed=3)[0]
+    (tmp_path / "my book.txt").write_text("\n\n".join(chapters), encoding="utf-8")
+    said = launch(
+        [sys.executable, str(script)], tmp_path, TINY | {"DATASET": "my book.txt", "MAX_STEPS": 3}
+    )
+    assert "your own files (my book.txt)" in said
+    paragraphs = sum(len(chapter.split("\n\n")) for chapter in chapters)
+    splits = [json.loads(p.read_text())["stories"] for p in tmp_path.glob("data/*/*n.json")]
+    assert len(splits) == 2 and sum(splits) == paragraphs
+    assert 0 < min(splits) < 0.1 * paragraphs
+    assert "bits per byte" in said

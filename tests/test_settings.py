@@ -1,5 +1,8 @@
 """What the reader can set, and what the machine allows."""
 
+import sys
+import types
+
 import pytest
 import torch
 
@@ -207,3 +210,21 @@ def test_a_gpu_that_cannot_compute_is_not_used(nb, monkeypatch, capsys):
     monkeypatch.setattr(torch, "ones", no_kernel)
     assert nb.choose_device().type in ("cpu", "mps")
     assert "too old" in capsys.readouterr().out
+
+
+def test_drive_is_mounted_only_when_asked_and_only_on_colab(nb, tmp_path, monkeypatch):
+    with pytest.raises(nb.UserError, match="Google Colab alone"):
+        nb.open_folder("drive")
+    mounted = []
+    drive = types.SimpleNamespace(mount=mounted.append)
+    monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(drive=drive))
+    monkeypatch.setattr(nb, "DRIVE", str(tmp_path / "drive"))
+    assert nb.open_folder(str(tmp_path / "here")) == tmp_path / "here" and not mounted
+    folder = nb.open_folder("drive")
+    assert mounted == [nb.DRIVE] and folder.is_dir() and folder.parent.name == "MyDrive"
+
+
+def test_a_folder_that_cannot_be_written_is_refused(nb, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(nb.UserError, match="cannot be written"):
+        nb.open_folder(str(tmp_path / "file"))
