@@ -179,9 +179,15 @@ def training(preset: str, variant: str, repeats: int):
                 model, model, optimizers, scaler, x, y, 1e-4, cfg, machine, min(windows, 16)
             )
 
-    step()
-    base = windows * config.block_size
-    speeds = [base / seconds(step) for _ in range(repeats)]
+    at_once = {"slm": 1}.get(preset, 20)  # steps per measurement
+
+    def steps():
+        for _ in range(at_once):
+            step()
+
+    steps()
+    amount = at_once * windows * config.block_size
+    speeds = [amount / seconds(steps) for _ in range(repeats)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     share = nb.flops_per_token(config) * statistics.median(speeds)
     return {"speed": speeds, "peak": peak, "flops": share}
