@@ -29,6 +29,7 @@ from conftest import GPT2_VOCABULARY, SAMPLE, load_notebook
 nb = load_notebook()
 nb.WORLD, nb.RANK = 1, 0
 CORES = os.cpu_count()
+torch.set_num_threads(CORES)  # the tests take one thread; here all cores count
 
 
 def stories() -> list[str]:
