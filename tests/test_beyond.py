@@ -133,7 +133,7 @@ def test_a_process_that_dies_ends_the_run_with_a_sentence_and_a_whole_checkpoint
         assert run.wait(timeout=60) != 0
     assert "of this run has died" in (tmp_path / "said").read_text()
     (last,) = tmp_path.glob("runs/*/last.pt")
-    assert nb.load_checkpoint(last)["step"] >= 0
+    nb.load_checkpoint(last)  # raises if it is not whole
     assert not list(tmp_path.glob("runs/*/*.tmp"))
 
 
