@@ -65,7 +65,7 @@ def load_notebook() -> types.ModuleType:
     for number, source in enumerate(code_cells()):
         tree = ast.parse(source)
         tree.body = [node for node in tree.body if defines(node)]
-        name = f"<code cell {number}>"
+        name = f"{NOTEBOOK}, code cell {number}"  # for tracebacks, and for coverage_of_cells.py
         linecache.cache[name] = (len(source), None, source.splitlines(True), name)
         exec(compile(tree, name, "exec"), module.__dict__)
     return module

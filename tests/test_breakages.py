@@ -1,0 +1,187 @@
+"""Each concept is broken on purpose, and a check of the notebook must notice.
+
+The cells run in order in one process. Where a breakage belongs to a cell, a copy of the process
+(a fork) goes on with that cell broken, until an exception ends it or the notebook is through.
+"""
+
+import functools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+import types
+
+import pytest
+from conftest import code_cells
+
+BREAKAGES = {  # what is broken: (what stands in the notebook, what takes its place)
+    "the splits share their stories": ("named[split] if presplit", 'named["train"] if presplit'),
+    "BPE does not recount touched pairs": ("pair_counts[old] -= n", "pass"),
+    "BPE breaks ties by chance": ("(-count, pair) for pair", "(-count, pair[::-1]) for pair"),
+    "tokens are put together the wrong way round": (
+        "tokens[left] + tokens[right]",
+        "tokens[right] + tokens[left]",
+    ),
+    "no end-of-text between stories": (
+        'text = EOT.join(story.replace(EOT, " ") for story in stories) + EOT\n        ids',
+        'text = "".join(story.replace(EOT, " ") for story in stories) + EOT\n        ids',
+    ),
+    "token ids in 8 bits": (
+        "{EOT}).astype(np.uint16)\n        return ids",
+        "{EOT}).astype(np.uint8)\n        return ids",
+    ),
+    "targets are not moved": (
+        "return windows[:, :-1], windows[:, 1:]",
+        "return windows[:, :-1], windows[:, :-1]",
+    ),
+    "batches do not depend on the step": ("default_rng([seed, step])", "default_rng([seed])"),
+    "batches cannot be repeated": ("default_rng([seed, step])", "default_rng()"),
+    "windows begin anywhere": (
+        "starts = np.repeat(begins, pieces)",
+        "starts = 1 + np.repeat(begins, pieces)",
+    ),
+    "the mask by hand lets one token through": (".triu(1)", ".triu(2)"),
+    "no division by the root of D": (
+        "q @ k.transpose(-2, -1) / math.sqrt(D)",
+        "q @ k.transpose(-2, -1)",
+    ),
+    "no mask in the model": ("is_causal=first,", "is_causal=False,"),
+    "the heads are put together wrongly": (
+        "y.transpose(1, 2).reshape(B, T, C)",
+        "y.reshape(B, T, C)",
+    ),
+    "rotations depend on nothing": (
+        "angles = positions[:, None]",
+        "angles = 0 * positions[:, None]",
+    ),
+    "rotations are stretched, not turned": ("a * sin + b * cos", "a * sin - b * cos"),
+    "the model forgets positions": ("rotation = rotation_for(positions", "rotation_for(positions"),
+    "no residual connection": ("x = x + self.attn(self.ln_1", "x = self.attn(self.ln_1"),
+    "LayerNorm does nothing": (
+        "F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)",
+        "x",
+    ),
+    "the weights are not tied": ("self.lm_head.weight = self.transformer.wte.weight", "pass"),
+    "the initial weights are large": (
+        "nn.init.normal_(module.weight, std=0.02)",
+        "nn.init.normal_(module.weight)",
+    ),
+    "c_proj is not started smaller": (
+        "nn.init.normal_(p, std=0.02 / math",
+        "nn.init.normal_(p, std=0.02 + 0 * math",
+    ),
+    "the sliced loss is no mean": ("return loss / N", "return loss"),
+    "the sliced gradient forgets the minus one": (
+        "torch.full_like(t, -1.0",
+        "torch.full_like(t, 0.0",
+    ),
+    "matrices do not decay": (
+        'if p.dim() >= 2], "weight_decay"',
+        'if p.dim() < 2], "weight_decay"',
+    ),
+    "the schedule rises": ("0.5 * (1 + math.cos", "0.5 * (1 - math.cos"),
+    "the warm-up begins at zero": ("cfg.learning_rate * (step + 1)", "cfg.learning_rate * step"),
+    "micro-batches count in full": ("scaler.scale(loss * share)", "scaler.scale(loss)"),
+    "gradients are clipped before they are unscaled": ("scaler.unscale_(optimizer)", "pass"),
+    "nothing is clipped": ("model.parameters(), cfg.grad_clip)", "model.parameters(), 1e9)"),
+    "old gradients stay": ("model.zero_grad(set_to_none=True)  # 8", "pass  # 8"),
+    "the optimizer never moves": ("scaler.step(optimizer)  # 6", "pass  # 6"),
+    "measuring with dropout": (
+        "was_training = model.training\n    model.eval()",
+        "was_training = model.training",
+    ),
+    "nats are sold as bits": ("losses.sum().item() / math.log(2)", "losses.sum().item()"),
+    "tokens are scored twice": ("window[1:], done - first", "window[1:], 0"),
+    "the last token of a story is not scored": (
+        "tokens[start : end + 1]]).astype",
+        "tokens[start:end]]).astype",
+    ),
+    "a checkpoint's weights are not used": ("    model.load_state_dict(state)", "    pass"),
+    "the optimizer's state is forgotten": ("optimizer.load_state_dict(state)", "pass"),
+    "dropout cannot be repeated": (
+        "torch.manual_seed((run.seed * 1_000_003",
+        "print((run.seed * 1_000_003",
+    ),
+    "the cache forgets where it is": ("past = caches[0][0].shape[2] if", "past = 0 if"),
+    "the cache keeps nothing": (
+        "            cache[:] = [k, v]",
+        "            cache[:] = [k[:, :, -1:], v[:, :, -1:]]",
+    ),
+    "temperature the wrong way round": (
+        "logits = logits / max(temperature",
+        "logits = logits * max(temperature",
+    ),
+    "top-k keeps one": ("topk(top_k, dim=-1).values[:, -1:]", "topk(top_k, dim=-1).values[:, :1]"),
+    "top-p keeps all": ("before >= top_p", "before >= 2"),
+    "the softmax is forgotten": (
+        "probs = logits.softmax(dim=-1)\n    if top_p",
+        "probs = logits.exp()\n    if top_p",
+    ),
+}
+
+
+def run_from(first: int, cells: list[str], names: dict) -> str:
+    """Execute cells from `first` on; returns where an exception came, or "" at the end."""
+    for number in range(first, len(cells)):
+        try:
+            exec(compile(cells[number], f"<cell {number}>", "exec"), names)
+        except BaseException as error:
+            last = traceback.extract_tb(error.__traceback__)
+            lines = [f.lineno for f in last if f.filename == f"<cell {number}>"]
+            line = cells[number].splitlines()[lines[0] - 1] if lines else ""
+            return f"{type(error).__name__} in cell {number}: {line.strip() or error}"
+    return ""
+
+
+def in_a_copy(function, folder) -> str:
+    """What `function` returns in a fork of this process that works in a copy of `folder`."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(reader)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1), os.dup2(devnull, 2)
+        with tempfile.TemporaryDirectory() as copy:
+            shutil.copytree(folder, copy, dirs_exist_ok=True)
+            os.chdir(copy)
+            answer = function()
+        os.write(writer, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(answer) if answer else "the process died"
+
+
+@pytest.mark.slow
+def test_every_breakage_is_noticed(nb, tmp_path, monkeypatch):
+    texts = tmp_path.with_name("stories")
+    texts.mkdir()
+    for split, seed, n in (("train", 0, 400), ("valid", 1, 60)):
+        lines = [json.dumps({"text": s}) + "\n" for s in nb.practice_corpus(n, seed)[0]]
+        (texts / f"{split}.jsonl").write_text("".join(lines))
+    settings = {
+        "PRESET": "laptop",
+        "DATASET": str(texts),
+        "MODEL": {"vocab_size": 512, "n_embd": 48, "block_size": 64, "dropout": 0.1},
+        "TRAINING": {"precision": "float32", "evaluations": 2, "tokens_per_step": 512},
+        "MAX_STEPS": 12,
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(f"SLM_{name}", str(value))
+    monkeypatch.chdir(tmp_path)
+    cells, found = code_cells(), {}
+    module = types.ModuleType("broken")
+    monkeypatch.setitem(sys.modules, "broken", module)  # dataclasses look themselves up there
+    for number, cell in enumerate(cells):
+        for name, (old, new) in BREAKAGES.items():
+            if old in cell and name not in found:
+                broken = cells[:number] + [cell.replace(old, new)] + cells[number + 1 :]
+                broken_run = functools.partial(run_from, number, broken, module.__dict__)
+                found[name] = in_a_copy(broken_run, tmp_path)
+        exec(compile(cell, f"<cell {number}>", "exec"), module.__dict__)
+    for name in BREAKAGES:
+        print(f"BROKEN {name}: {found.get(name, 'NOT FOUND') or 'NOT NOTICED'}")
+    assert [name for name in BREAKAGES if not found.get(name)] == []
