@@ -205,6 +205,23 @@ def muon_flops(rows: int, columns: int) -> float:
     return 5 * 2 * (a * a * b + a * a * a + a * a * b)
 
 
+def beside(repeats):
+    """Tokens per second of `laptop` beside a busy program, with and without early sleep."""
+    command = [sys.executable, __file__, "--only", "training laptop ours", "--repeats", "2"]
+    found = {"ours: threads sleep early": [], "threads spin, the default": []}
+    for name in list(found) * repeats:
+        environment = os.environ | ({"GOMP_SPINCOUNT": "1000"} if "ours" in name else {})
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=True
+            )
+        finally:
+            busy.kill()
+        found[name] += json.loads(done.stdout.splitlines()[-1])["speed"]
+    return found, "tokens/s"
+
+
 def generation(repeats):
     """Tokens per second, 30 M parameters, 200 tokens after 8, greedy."""
     torch.manual_seed(0)
@@ -266,6 +283,11 @@ def main(repeats: int):
         )
         row(f"training `{preset}`", "ours", ours["speed"], "tokens/s", remark)
         row(f"training `{preset}`", "plain float32 loop", plain["speed"], "tokens/s")
+    found, unit = measure("beside", 1 if repeats < 3 else 3)
+    first, second = found
+    ratio = statistics.median(found[first]) / statistics.median(found[second])
+    row("`laptop` beside a busy program", first, found[first], unit)
+    row("`laptop` beside a busy program", second, found[second], unit, f"ours / this: {ratio:.2f}")
     print(f"\nmatrix rate: bfloat16 {rate[0] / 1e9:.0f}, float32 {rate[1] / 1e9:.0f} GFLOP/s")
 
 
