@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import twenty_steps
+from conftest import ROOT, SAMPLE, needs_sample, twenty_steps
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +230,24 @@ def test_weights_alone_cannot_be_resumed(nb, run, tmp_path):
     (tmp_path / "run" / "last.pt").write_bytes(best)
     with pytest.raises(nb.UserError, match="RESUME = False"):
         twenty_steps(nb, tmp_path / "run")
+
+
+# The weights that are published beside the notebook.
+PUBLISHED = ROOT / "best_model_params.pt"
+
+
+def test_the_published_weights_are_half_size_and_tell_a_story(nb):
+    stored = torch.load(PUBLISHED, weights_only=True)
+    assert {p.dtype for p in stored["model"].values()} == {torch.float16}
+    assert PUBLISHED.stat().st_size < 60e6
+    model, tokenizer, info = nb.load_model(PUBLISHED)
+    pieces = list(nb.stream_text(model, tokenizer, "Once upon a time", 300, seed=1))
+    assert pieces[-1] == nb.EOT and len("".join(pieces).split()) > 50
+    assert info["metrics"]["step"] > 0
+
+
+@needs_sample
+def test_the_published_weights_are_as_good_as_the_readme_says(nb):
+    model, tokenizer, _ = nb.load_model(PUBLISHED)
+    stories = next(nb.file_source(SAMPLE).batches("validation"))[:200]
+    assert nb.bits_per_byte(model, tokenizer, stories) < 0.78

@@ -261,6 +261,13 @@ def test_without_training_the_given_weights_tell_a_story(run_folder, executed, s
     assert "\nBen had" in text and ENDING.search(text)
 
 
+def test_without_training_the_published_weights_speak(script, tmp_path):
+    shutil.copy(ROOT / "best_model_params.pt", tmp_path)
+    text = run_script(script, tmp_path, {"TRAIN": False})
+    assert f"weights: best_model_params.pt of {tmp_path.name}" in text
+    assert "Nothing was trained" in text and ENDING.search(text)
+
+
 def test_missing_weights_end_the_program_with_a_sentence(script, tmp_path):
     with pytest.raises(AssertionError, match="There is no checkpoint no.pt"):
         run_script(script, tmp_path, {"TRAIN": False, "WEIGHTS": "no.pt"})
