@@ -121,6 +121,9 @@ BREAKAGES = {  # what is broken: (what stands in the notebook, what takes its pl
     ),
 }
 
+# These are noticed too, but by an error before the check could speak.
+STOPPED_OTHERWISE = {"token ids in 8 bits", "the optimizer never moves"}
+
 
 def run_from(first: int, cells: list[str], names: dict) -> str:
     """Execute cells from `first` on; returns where an exception came, or "" at the end."""
@@ -184,4 +187,6 @@ def test_every_breakage_is_noticed(nb, tmp_path, monkeypatch):
         exec(compile(cell, f"<cell {number}>", "exec"), module.__dict__)
     for name in BREAKAGES:
         print(f"BROKEN {name}: {found.get(name, 'NOT FOUND') or 'NOT NOTICED'}")
-    assert [name for name in BREAKAGES if not found.get(name)] == []
+    noticed = {name for name, how in found.items() if how.startswith("AssertionError")}
+    assert set(BREAKAGES) - noticed == STOPPED_OTHERWISE
+    assert all(found[name] for name in STOPPED_OTHERWISE)
