@@ -172,6 +172,9 @@ def training(preset: str, variant: str, repeats: int):
             optimizer.zero_grad(set_to_none=True)
 
     else:
+        if variant == "fused":  # ours, but with PyTorch's attention in place of that by hand
+            fused = F.scaled_dot_product_attention
+            nb.attention_by_hand = lambda q, k, v: (fused(q, k, v, is_causal=True), None)
         nb.keep_big_buffers()
         machine = nb.Machine(torch.device("cpu"), *nb.choose_precision(torch.device("cpu")))
         cfg = nb.TrainConfig(**row["training"] | {"learning_rate": 1e-4, "min_lr": 1e-5})
@@ -193,7 +196,7 @@ def training(preset: str, variant: str, repeats: int):
     speeds = [amount / seconds(steps) for _ in range(repeats)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     work = nb.flops_per_token(config) * windows * config.block_size
-    if variant == "ours" and row["training"].get("optimizer") == "muon":
+    if variant != "plain" and row["training"].get("optimizer") == "muon":
         work += sum(muon_flops(*p.shape) for p in model.transformer.h.parameters() if p.dim() == 2)
     rate = work / (windows * config.block_size) * statistics.median(speeds)
     return {"speed": speeds, "peak": peak, "flops": rate}
@@ -283,6 +286,10 @@ def main(repeats: int):
         )
         row(f"training `{preset}`", "ours", ours["speed"], "tokens/s", remark)
         row(f"training `{preset}`", "plain float32 loop", plain["speed"], "tokens/s")
+        fused = measure(f"training {preset} fused", repeats)["speed"]
+        ratio = statistics.median(ours["speed"]) / statistics.median(fused)
+        remark = f"ours / this: {ratio:.2f}"
+        row(f"training `{preset}`", "ours, PyTorch's attention", fused, "tokens/s", remark)
     found, unit = measure("beside", 1 if repeats < 3 else 3)
     first, second = found
     ratio = statistics.median(found[first]) / statistics.median(found[second])

@@ -43,11 +43,8 @@ BREAKAGES = {  # what is broken: (what stands in the notebook, what takes its pl
         "starts = 1 + np.repeat(begins, pieces)",
     ),
     "the mask by hand lets one token through": (".triu(1)", ".triu(2)"),
-    "no division by the root of D": (
-        "q @ k.transpose(-2, -1) / math.sqrt(D)",
-        "q @ k.transpose(-2, -1)",
-    ),
-    "no mask in the model": ("is_causal=first,", "is_causal=False,"),
+    "no division by the root of D": ("scores = (q / math.sqrt(D))", "scores = q"),
+    "no mask in the model": ("is_causal=first)", "is_causal=False)"),
     "the heads are put together wrongly": (
         "y.transpose(1, 2).reshape(B, T, C)",
         "y.reshape(B, T, C)",

@@ -185,6 +185,19 @@ def test_no_earlier_output_sees_a_later_token(small_model, changes, grad, place)
     assert (before[:, place:] != after[:, place:]).any(-1).all()
 
 
+def test_in_bfloat16_the_attention_by_hand_takes_over(nb, small_model, monkeypatch):
+    """On a CPU, in training: near the float32 result, and blind to the future."""
+    model, x = small_model(rope=True), ids(2, 16)
+    exact = model(x)[0]
+    other = x.clone()
+    other[:, 9] = (other[:, 9] + 1) % 400
+    monkeypatch.setattr(nb.F, "scaled_dot_product_attention", None)
+    with torch.autocast("cpu", torch.bfloat16):
+        before, after = model(x)[0], model(other)[0]
+    assert torch.equal(before[:, :9], after[:, :9]) and not torch.equal(before, after)
+    assert (before - exact).abs().max() < 0.02 * exact.abs().max()
+
+
 def test_gradients_stay_in_the_past(small_model):
     """The loss at one position has exactly no gradient by any later token's vector."""
     model, x = small_model(), ids(1, 16)
