@@ -822,6 +822,8 @@ def _probe():
         made["run"] = digest([run.step, run.evaluations, [s[:3] for s in run.steps]])
         made["weights of the run"] = digest(run.model)
     gc.collect()
+    if platform.libc_ver()[0] == "glibc":  # the notebook lets it keep what is free: not a leak
+        ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/statm") as file:
         memory = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     held = {
@@ -890,7 +892,7 @@ def test_the_whole_notebook_again_finds_the_run_complete_and_holds_no_more(run_a
         assert any("train.bin: reusing" in text for _, text in passed)
     print([probe["memory"] for probe in (once, twice, thrice)])
     print([probe["held"] for probe in (once, twice, thrice)])
-    assert thrice["memory"] < twice["memory"] + 100  # MiB
+    assert thrice["memory"] < twice["memory"] + 50  # MiB
     for what in ("figures", "names", "hooks"):
         assert once["held"][what] == thrice["held"][what], what
     for what in ("files", "threads"):
