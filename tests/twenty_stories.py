@@ -8,6 +8,7 @@ whole validation split.
 """
 
 import os
+import statistics
 import sys
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def main(path: Path):
         f"Written by `{path.name}` ({size / 1e6:.1f} M parameters) with temperature 0.8, top-p "
     ]
     lines[-1] += "0.95 and the number of the story as its seed. In bold what it was given."
-    lines += ["", "| | story | longest run found in the training text |", "| --- | --- | --- |"]
+    lines += ["", "| | story | longest run of its words found in the training text |", "| --- | --- | --- |"]
     ribbon = None
     if SAMPLE:
         source = nb.file_source(SAMPLE)
@@ -61,12 +62,12 @@ def main(path: Path):
         ending = "" if ended else " *(stopped at 300 tokens)*"
         copied = "?"
         if ribbon is not None:
-            ids = tokenizer.encode_ordinary(prompt + text.replace("<br>", "\n"))
+            ids = tokenizer.encode_ordinary(text.replace("<br>", "\n"))
             longest.append(nb.longest_copied(ids, ribbon)[0])
             copied = f"{longest[-1]} of {len(ids)} tokens"
         lines.append(f"| {number} | **{prompt}**{text}{ending} | {copied} |")
     if longest:
-        lines += ["", f"Longest run, median of the twenty: {sorted(longest)[10]} tokens."]
+        lines += ["", f"Longest run, median of the twenty: {statistics.median(longest):.0f} tokens."]
     (ROOT / "plots" / "stories.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if SAMPLE:
         held_out = [s for b in source.batches("validation") for s in b]
