@@ -49,7 +49,11 @@ def main(path: Path):
         f"Written by `{path.name}` ({size / 1e6:.1f} M parameters) with temperature 0.8, top-p "
     ]
     lines[-1] += "0.95 and the number of the story as its seed. In bold what it was given."
-    lines += ["", "| | story | longest run of its words found in the training text |", "| --- | --- | --- |"]
+    lines += [
+        "",
+        "| | story | longest run of its words found in the training text |",
+        "| --- | --- | --- |",
+    ]
     ribbon = None
     if SAMPLE:
         source = nb.file_source(SAMPLE)
@@ -67,7 +71,10 @@ def main(path: Path):
             copied = f"{longest[-1]} of {len(ids)} tokens"
         lines.append(f"| {number} | **{prompt}**{text}{ending} | {copied} |")
     if longest:
-        lines += ["", f"Longest run, median of the twenty: {statistics.median(longest):.0f} tokens."]
+        lines += [
+            "",
+            f"Longest run, median of the twenty: {statistics.median(longest):.0f} tokens.",
+        ]
     (ROOT / "plots" / "stories.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if SAMPLE:
         held_out = [s for b in source.batches("validation") for s in b]
