@@ -21,7 +21,7 @@ WRONG = [
     ({"MODEL": {"dropout": None}}, "dropout"),
     ({"MODEL": {"bias": 1}}, "bias"),
     ({"MODEL": {"tie_weights": "yes"}}, "tie_weights"),
-    ({"MODEL": {"rope": True, "n_embd": 18, "n_head": 6}}, "RoPE"),
+    ({"MODEL": {"rope": True, "n_embd": 18, "n_head": 6}}, "even size; try n_embd = 24"),
     ({"TRAINING": {"lr": 0.1}}, "lr"),
     ({"TRAINING": {"learning_rate": 0}}, "learning_rate"),
     ({"TRAINING": {"learning_rate": "1e-3"}}, "learning_rate"),
