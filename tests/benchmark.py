@@ -4,7 +4,7 @@
     python tests/benchmark.py --quick    # under a minute, fewer repeats
 
 Each row is measured in a process of its own, the variants of a row in turns; figures are
-medians with minimum and maximum. The text is the TinyStories sample where it is at hand
+medians with minimum and maximum. What is slow on a machine is repeated less often there. The text is the TinyStories sample where it is at hand
 (see conftest.py), else the practice corpus.
 """
 
@@ -24,12 +24,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from conftest import GPT2_VOCABULARY, SAMPLE, load_notebook
+from conftest import GPT2_VOCABULARY, SAMPLE, load_notebook, made_of
 
 nb = load_notebook()
 nb.WORLD, nb.RANK = 1, 0
 CORES = os.cpu_count()
 torch.set_num_threads(CORES)  # the tests take one thread; here all cores count
+LIMIT = 12.0  # seconds after which a measurement is not repeated
 
 
 def stories() -> list[str]:
@@ -55,11 +56,12 @@ def seconds(function) -> float:
 
 
 def in_turns(variants: dict, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each variant, called in turns after one call to warm up."""
+    """Seconds of each variant, called in turns, without its first call if there are others."""
     times = {name: [] for name in variants}
     for name in list(variants) * (repeats + 1):
-        times[name].append(seconds(variants[name]))
-    return {name: values[1:] for name, values in times.items()}
+        if sum(times[name]) < LIMIT:
+            times[name].append(seconds(variants[name]))
+    return {name: values[1:] or values for name, values in times.items()}
 
 
 def rates(times: dict, amount: float) -> dict[str, list[float]]:
@@ -133,10 +135,10 @@ def bpe(repeats):
 def batch(repeats):
     """Milliseconds for a batch of 32 x 256."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "ribbon.bin"
+        path = Path(folder) / "stream.bin"
         np.random.default_rng(0).integers(0, 50_000, 20_000_000).astype(np.uint16).tofile(path)
-        ribbon = np.memmap(path, np.uint16, "r")
-        starts = np.arange(0, len(ribbon) - 257, 200)
+        stream = np.memmap(path, np.uint16, "r")
+        starts = np.arange(0, len(stream) - 257, 200)
 
         def slices():  # the file opened anew, one slice after the other
             data = np.memmap(path, np.uint16, "r")
@@ -146,7 +148,7 @@ def batch(repeats):
 
         many = 200
         variants = {
-            "ours": lambda: [nb.get_batch(ribbon, 32, 256, 0, t, starts) for t in range(many)],
+            "ours": lambda: [nb.get_batch(stream, 32, 256, 0, t, starts) for t in range(many)],
             "list of slices": lambda: [slices() for _ in range(many)],
         }
         times = in_turns(variants, repeats)
@@ -177,29 +179,29 @@ def training(preset: str, variant: str, repeats: int):
             nb.attention_by_hand = lambda q, k, v: (fused(q, k, v, is_causal=True), None)
         nb.keep_big_buffers()
         machine = nb.Machine(torch.device("cpu"), *nb.choose_precision(torch.device("cpu")))
-        cfg = nb.TrainConfig(**row["training"] | {"learning_rate": 1e-4, "min_lr": 1e-5})
-        optimizers, scaler = nb.make_optimizers(model, cfg), machine.scaler()
+        changes = {"optimizer": "adamw"} if variant == "adamw" else {}
+        changes |= {"learning_rate": 1e-4, "min_lr": 1e-5}
+        run = made_of(nb, machine, model, min(windows, 16), **row["training"] | changes)
 
         def step():
-            nb.training_step(
-                model, model, optimizers, scaler, x, y, 1e-4, cfg, machine, min(windows, 16)
-            )
+            nb.training_step(run, x, y, 1e-4)
 
-    at_once = 1 if preset == "slm" else 4 * repeats  # steps per measurement
+    step()
+    at_once = max(1, min(20, round(1.5 / seconds(step))))  # steps per measurement
 
     def steps():
         for _ in range(at_once):
             step()
 
-    steps()
     amount = at_once * windows * config.block_size
-    speeds = [amount / seconds(steps) for _ in range(repeats)]
+    speeds = rates(in_turns({"": steps}, repeats), amount)[""]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     work = nb.flops_per_token(config) * windows * config.block_size
-    if variant != "plain" and row["training"].get("optimizer") == "muon":
+    if variant in ("ours", "fused") and row["training"].get("optimizer") == "muon":
         work += sum(muon_flops(*p.shape) for p in model.transformer.h.parameters() if p.dim() == 2)
     rate = work / (windows * config.block_size) * statistics.median(speeds)
-    return {"speed": speeds, "peak": peak, "flops": rate}
+    dtype = "torch.float32" if variant == "plain" else str(machine.dtype)
+    return {"speed": speeds, "peak": peak, "flops": rate, "dtype": dtype}
 
 
 def muon_flops(rows: int, columns: int) -> float:
@@ -212,7 +214,10 @@ def beside(repeats):
     """Tokens per second of `laptop` beside a busy program, with and without early sleep."""
     command = [sys.executable, __file__, "--only", "training laptop ours", "--repeats", "2"]
     found = {"ours: threads sleep early": [], "threads spin, the default": []}
+    start = time.perf_counter()
     for name in list(found) * repeats:
+        if found[name] and time.perf_counter() - start > 60:
+            break
         environment = os.environ | ({"GOMP_SPINCOUNT": "1000"} if "ours" in name else {})
         busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
         try:
@@ -242,10 +247,25 @@ def generation(repeats):
     return rates(times, 200), "tokens/s"
 
 
-def matrix_rate(dtype) -> float:
-    """Operations per second of a 2048 x 2048 matrix product."""
-    m = torch.randn(2048, 2048).to(dtype)
-    return 2 * 2048**3 / nb.median_seconds(lambda: m @ m, 9)
+def matrix_rate(dtype) -> tuple[float, int]:
+    """(operations per second, n) of n x n matrix products that take some 50 ms or more."""
+    for n in (256, 512, 1_024, 2_048, 4_096):
+        m = torch.randn(n, n).to(dtype)
+        if min(in_turns({"": lambda m=m: m @ m}, 3)[""]) > 0.05:
+            break
+    return 2 * n**3 / nb.median_seconds(lambda: m @ m), n
+
+
+def processor() -> str:
+    """Its name, and which instructions for matrix products it has and PyTorch uses."""
+    name, flags = platform.processor() or platform.machine(), []
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        fields = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
+        name, flags = fields.get("model name", name), fields.get("flags", "").split()
+    known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    has = ", ".join(flag for flag in known if flag in flags) or "none of " + ", ".join(known)
+    return f"{name}; it has {has}; PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
 
 
 def measure(name: str, repeats: int):
@@ -264,7 +284,7 @@ def row(what, name, values, unit, remark=""):
 
 def main(repeats: int):
     text = "TinyStories sample" if SAMPLE else "practice corpus"
-    print(f"{platform.processor() or platform.machine()}, {CORES} cores, torch {torch.__version__}")
+    print(f"{processor()}, {CORES} cores, torch {torch.__version__}")
     print(f"text: {text}; vocabulary: {'GPT-2' if GPT2_VOCABULARY else 'own'}\n")
     print("| what | variant | median | range | remark |\n| --- | --- | --- | --- | --- |")
     for name in ("preparation", "bpe", "batch", "generation"):
@@ -275,27 +295,34 @@ def main(repeats: int):
             ratio = ours / statistics.median(values)
             remark = "" if variant == first else f"ours / this: {ratio:.2f}"
             row(name, variant, values, unit, remark)
-    rate = matrix_rate(torch.bfloat16), matrix_rate(torch.float32)
+    bfloat16, float32 = matrix_rate(torch.bfloat16), matrix_rate(torch.float32)
+    rate = max(bfloat16[0], float32[0])
     for preset in ("slm", "laptop"):
+        what = f"training `{preset}`"
         plain = measure(f"training {preset} plain", repeats)
         ours = measure(f"training {preset} ours", repeats)
         speedup = statistics.median(ours["speed"]) / statistics.median(plain["speed"])
         remark = (
-            f"{speedup:.2f} x plain; {ours['flops'] / max(rate):.0%} of the matrix rate; peak "
+            f"{speedup:.2f} x plain; {ours['flops'] / rate:.0%} of the matrix rate; peak "
             f"{ours['peak']:,.0f} MB against {plain['peak']:,.0f}"
         )
-        row(f"training `{preset}`", "ours", ours["speed"], "tokens/s", remark)
-        row(f"training `{preset}`", "plain float32 loop", plain["speed"], "tokens/s")
-        fused = measure(f"training {preset} fused", repeats)["speed"]
-        ratio = statistics.median(ours["speed"]) / statistics.median(fused)
-        remark = f"ours / this: {ratio:.2f}"
-        row(f"training `{preset}`", "ours, PyTorch's attention", fused, "tokens/s", remark)
+        muon = nb.PRESETS[preset]["training"].get("optimizer") == "muon"
+        row(what, "ours, with Muon" if muon else "ours", ours["speed"], "tokens/s", remark)
+        row(what, "plain float32 loop, AdamW", plain["speed"], "tokens/s")
+        others = {"adamw": "ours, with AdamW"} if muon else {}
+        if ours["dtype"] == "torch.bfloat16":  # elsewhere it is what the model uses
+            others["fused"] = "ours, PyTorch's attention"
+        for variant, name in others.items():
+            speed = measure(f"training {preset} {variant}", repeats)["speed"]
+            ratio = statistics.median(ours["speed"]) / statistics.median(speed)
+            row(what, name, speed, "tokens/s", f"ours / this: {ratio:.2f}")
     found, unit = measure("beside", 1 if repeats < 3 else 3)
     first, second = found
     ratio = statistics.median(found[first]) / statistics.median(found[second])
     row("`laptop` beside a busy program", first, found[first], unit)
     row("`laptop` beside a busy program", second, found[second], unit, f"ours / this: {ratio:.2f}")
-    print(f"\nmatrix rate: bfloat16 {rate[0] / 1e9:.0f}, float32 {rate[1] / 1e9:.0f} GFLOP/s")
+    for name, (rate, n) in {"bfloat16": bfloat16, "float32": float32}.items():
+        print(f"\nmatrix rate, {name}: {rate / 1e9:,.0f} GFLOP/s ({n:,} x {n:,})")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ classes and constants, and nothing that downloads, trains or draws.
 
 import ast
 import functools
+import itertools
 import json
 import linecache
 import os
@@ -14,7 +15,9 @@ import sys
 import types
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
+from tiktoken_ext.openai_public import r50k_pat_str
 
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -36,16 +39,35 @@ def from_environment_or_shared(variable: str, name: str) -> Path | None:
 
 SAMPLE = from_environment_or_shared("TINYSTORIES_SAMPLE", "tinystories-sample")
 GPT2_VOCABULARY = from_environment_or_shared("TIKTOKEN_CACHE_DIR", "tiktoken-cache")
-needs_sample = pytest.mark.skipif(not SAMPLE, reason="no TinyStories sample at hand")
-needs_gpt2 = pytest.mark.skipif(not GPT2_VOCABULARY, reason="no GPT-2 vocabulary at hand")
 if GPT2_VOCABULARY:
     os.environ["TIKTOKEN_CACHE_DIR"] = str(GPT2_VOCABULARY)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests that share an expensive fixture stay in one process (`pytest -n 2 --dist loadgroup`)."""
+    for item in items:
+        for name in {"executed", "fetched", "run_again"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 def code_cells() -> list[str]:
     """The sources of the notebook's code cells."""
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def default_settings() -> dict:
+    """The values in the notebook's settings cell."""
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    (cell,) = (c for c in cells if "parameters" in c["metadata"].get("tags", []))
+    values = {}
+    exec("".join(cell["source"]), values)
+    del values["__builtins__"]
+    return values
+
+
+DEFAULTS = default_settings()
 
 
 def defines(node: ast.stmt) -> bool:
@@ -85,26 +107,75 @@ def folder(nb, tmp_path, monkeypatch):
     return tmp_path
 
 
+def made_of(nb, machine, model, batch_size, scaler=None, forward=None, optimizers=None, **training):
+    """As much of a run as `training_step` needs."""
+    cfg = nb.TrainConfig(**training)
+    return types.SimpleNamespace(
+        model=model,
+        forward=forward or model,
+        optimizers=optimizers or nb.make_optimizers(model, cfg, machine.dtype),
+        scaler=scaler or machine.scaler(),
+        cfg=cfg,
+        machine=machine,
+        batch_size=batch_size,
+    )
+
+
 @functools.cache
 def small_data(nb) -> tuple:
-    """300 practice stories, a BPE of 400 tokens learned from them, and their ribbon."""
+    """300 practice stories, a BPE of 400 tokens learned from them, and their stream."""
     stories = nb.practice_corpus(300, seed=5)[0]
     tokenizer = nb.train_bpe(stories, 400)
-    return stories, tokenizer, nb.ribbon_of(stories, tokenizer)
+    return stories, tokenizer, nb.encode_stories(stories, tokenizer)
 
 
 def twenty_steps(nb, folder: Path, stop_at=None, seed=1, training=None, **changes):
     """A small run with dropout, trained to step 20 or to `stop_at`, resumed where it stopped."""
-    _, tokenizer, ribbon = small_data(nb)
+    _, tokenizer, stream = small_data(nb)
     shape = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "dropout": 0.1}
     config = nb.GPTConfig(vocab_size=tokenizer.n_vocab, **shape | changes)
     plan = {"max_steps": 20, "tokens_per_step": 256, "batch_size": 4, "warmup_steps": 4}
     cfg = nb.TrainConfig(**plan | (training or {}))
     cpu = nb.Machine(nb.torch.device("cpu"), nb.torch.float32, "test")
     run = nb.open_run(folder, config, cfg, tokenizer, cpu, seed, quiet=True)
-    run.max_steps, run.eval_every, run.eval_stories = 20, 10, 2
-    nb.train(run, ribbon, ribbon, tokenizer, cfg, cpu, "Once", stop_at=stop_at)
+    run.max_steps, run.eval_every, run.eval_tokens = 20, 10, 500
+    nb.train(run, stream, stream, stop_at=stop_at)
     return run
+
+
+def write_dataset(nb, folder: Path) -> Path:
+    """A folder in the hub's layout, with 14,000 and 400 practice stories."""
+    for seed, (split, n) in enumerate({"train": 14_000, "validation": 400}.items()):
+        table = pyarrow.table({"text": nb.practice_corpus(n, seed)[0]})
+        pyarrow.parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample(nb, tmp_path_factory) -> Path:
+    """The TinyStories sample or, where it is not at hand, practice stories in its layout."""
+    return SAMPLE or write_dataset(nb, tmp_path_factory.mktemp("sample"))
+
+
+@functools.cache
+def like_gpt2(nb):
+    """A stand-in for GPT-2's vocabulary: learned from practice stories, filled up to its size."""
+    merges = nb.train_bpe(nb.practice_corpus(2_000, seed=1)[0], 2_000).merges
+    a, b, c = range(128, 170), range(170, 212), range(212, 254)  # bytes that no story has
+    pairs = list(itertools.product(a, b))
+    triples = itertools.product(range(256 + len(merges), 256 + len(merges) + len(pairs)), c)
+    ranks = nb.encoding_from_merges([*merges, *pairs, *triples][:50_000])._mergeable_ranks
+    return nb.tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={nb.EOT: 50_256}
+    )
+
+
+@pytest.fixture
+def gpt2(nb, monkeypatch):
+    """GPT-2's vocabulary or, where it is not at hand, one of our own in its place."""
+    if not GPT2_VOCABULARY:
+        monkeypatch.setattr(nb.tiktoken, "get_encoding", lambda name: like_gpt2(nb))
+    return nb.restore_tokenizer({"name": "gpt2"})
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +189,7 @@ def tokenizer(nb):
 
 
 @pytest.fixture(scope="session")
-def ribbon(nb):
+def stream(nb):
     return small_data(nb)[2]
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, needs_gpt2
+from conftest import ROOT
 from test_notebook import launch, script  # noqa: F401 (script is a fixture)
 
 TINY = {
@@ -59,9 +59,7 @@ def test_papermill_sets_any_setting(tmp_path):
         command += ["-p", name, str(value)]
     command += ["-y", str({"TRAINING": {"tokens_per_step": 512}, "MODEL": {"n_layer": 1}})]
     launch(command, tmp_path, {})
-    out = (tmp_path / "out.ipynb").read_text()
-    assert "PRESET = 'tiny' (from the settings" in out
-    assert list(tmp_path.glob("runs/tiny-1x6x192x256-*-practice/last.pt"))
+    assert list(tmp_path.glob("runs/tiny-1x6x192x256-*-practice-*/last.pt"))
 
 
 SHAPES = [{}, {"tie_weights": False}, {"bias": False}, {"rope": True}]
@@ -91,10 +89,8 @@ def test_an_exported_model_gives_the_same_logits_ids_and_story(
     assert nb.torch.equal(ours, theirs)
 
 
-@needs_gpt2
-def test_the_exported_gpt2_tokenizer_gives_tiktokens_ids(nb):
+def test_the_exported_gpt2_tokenizer_gives_tiktokens_ids(nb, gpt2):
     pytest.importorskip("transformers")
-    gpt2 = nb.restore_tokenizer({"name": "gpt2"})
     text = "Once upon a time, there wasn't  a café 🦊\n\nanymore! 1234567"
     assert nb.export_tokenizer(gpt2, 128).encode(text) == gpt2.encode_ordinary(text)
 
@@ -138,7 +134,9 @@ def test_a_process_that_dies_ends_the_run_with_a_sentence_and_a_whole_checkpoint
 
 
 @pytest.mark.slow
-def test_a_book_of_ones_own_trains_and_is_measured(nb, script, tmp_path):  # noqa: F811
+def test_a_book_of_ones_own_trains_and_is_measured(nb, script, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("RANK", "1")  # a cluster's leavings: torchrun has not started this
+    monkeypatch.setenv("WORLD_SIZE", "2")
     chapters = nb.practice_corpus(400, seed=3)[0]
     (tmp_path / "my book.txt").write_text("\n\n".join(chapters), encoding="utf-8")
     said = launch(

@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, needs_sample, twenty_steps
+from conftest import ROOT, SAMPLE, twenty_steps
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,9 @@ def test_checkpoints_hold_plain_data_and_load_safely(run, name):
 def test_last_holds_the_whole_state_and_best_the_weights_alone(nb, run):
     last = nb.load_checkpoint(run.folder / "last.pt")
     best = nb.load_checkpoint(run.folder / "best_model_params.pt")
-    assert {"optimizer", "scaler", "step", "seed", "steps", "evaluations"} <= set(last)
+    assert {"optimizer", "scaler", "identity", "step", "steps", "evaluations"} <= set(last)
     assert "optimizer" not in best and "steps" not in best
-    assert best["metrics"]["validation_loss"] == run.best_loss
+    assert best["metrics"]["validation_loss"] == min(e["loss"] for e in run.evaluations)
 
 
 def test_no_temporary_file_is_left(run):
@@ -248,10 +248,11 @@ def test_the_published_weights_are_half_size_and_tell_a_story(nb):
 
 
 @pytest.mark.slow
-@needs_sample
-def test_the_published_weights_have_the_figure_of_the_readme(nb):
+def test_the_published_weights_have_the_figure_that_is_told(nb, sample):
+    """Exactly on real stories; on practice stories, which they have not read, within bounds."""
     model, tokenizer, _ = nb.load_model(PUBLISHED)
-    stories = [s for batch in nb.file_source(SAMPLE).batches("validation") for s in batch]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    told = re.search(r"`best_model_params.pt`: (0\.\d+) bits per byte", readme)[1]
-    assert abs(nb.bits_per_byte(model, tokenizer, stories) - float(told)) < 1e-3
+    stories = [s for batch in nb.file_source(sample).batches("validation") for s in batch]
+    measured = nb.bits_per_byte(model, tokenizer, stories)
+    told = (ROOT / "plots" / "MEASURED.md").read_text(encoding="utf-8")
+    told = float(re.search(r"`best_model_params.pt`: (0\.\d+) bits per byte", told)[1])
+    assert abs(measured - told) < 1e-3 if SAMPLE else told < measured < 1.2

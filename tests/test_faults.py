@@ -19,6 +19,7 @@ import urllib.parse
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import nbformat
 import numpy as np
 import pyarrow
@@ -43,8 +44,7 @@ def write_stories(nb, folder: Path):
     """A dataset folder with both splits."""
     folder.mkdir()
     for split, n, seed in (("train", 3_000, 1), ("valid", 200, 2)):
-        rows = [json.dumps({"text": story}) for story in nb.practice_corpus(n, seed)[0]]
-        (folder / f"{split}.jsonl").write_text("\n".join(rows))
+        (folder / f"{split}.txt").write_text(nb.EOT.join(nb.practice_corpus(n, seed)[0]))
 
 
 def from_stories_to_weights(nb, home: Path, tell=lambda phase: None):
@@ -55,15 +55,15 @@ def from_stories_to_weights(nb, home: Path, tell=lambda phase: None):
     sample = nb.first_stories(source, "train", 20_000_000)
     tokenizer = nb.own_tokenizer(home / "tokenizer.json", sample, 400, source.identity)
     tell("preparation")
-    (train, _), (val, meta) = nb.prepare(source, tokenizer, home).values()
+    (train, _), (val, _) = nb.prepare(source, tokenizer, home).values()
     tell("training")
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 32, "dropout": 0.1}
     config = nb.GPTConfig(vocab_size=tokenizer.n_vocab, **shape)
     plan = {"max_steps": 40, "tokens_per_step": 256, "batch_size": 4, "warmup_steps": 4}
     cfg = nb.TrainConfig(**plan, evaluations=4, save_minutes=1e-9)
-    run = nb.open_run(home, config, cfg, tokenizer, cpu, 1, identity=source.identity)
-    nb.plan_run(run, train, meta, cfg, cpu)
-    nb.train(run, train, val, tokenizer, cfg, cpu, "Once")
+    run = nb.open_run(home, config, cfg, tokenizer, cpu, 1, source.identity)
+    nb.plan_run(run, train, val)
+    nb.train(run, train, val)
 
 
 def attempt(nb, home: Path, prepare=lambda: None, phase=None, delay=0.0) -> tuple[int, dict]:
@@ -187,15 +187,15 @@ def whole_end(home: Path) -> dict:
         {
             (i, p, key): torch.as_tensor(value)
             for i, optimizer in enumerate(last["optimizer"])
-            for p, state in optimizer["state"].items()
+            for p, state in optimizer.items()
             for key, value in state.items()
         },
     )
-    end["plain"] = [last[key] for key in ("step", "max_steps", "seed", "identity", "best_loss")]
+    end["plain"] = [last[key] for key in ("step", "max_steps", "identity", "budget")]
     end["steps"] = [step[:3] for step in last["steps"]]
-    clocks = ("seconds",)
+    times = ("seconds",)
     end["evaluations"] = [
-        {key: value for key, value in e.items() if key not in clocks} for e in last["evaluations"]
+        {key: value for key, value in e.items() if key not in times} for e in last["evaluations"]
     ]
     return end
 
@@ -207,7 +207,6 @@ def assert_same_end(one: Path, other: Path):
         assert same(a.pop(key), b.pop(key)), f"{other.name}: {key}"
     for key, value in a.items():
         assert b[key] == value, f"{other.name}: {key}"
-    assert not list(other.glob("*.tmp"))
 
 
 KILLS = [("random", 6, 20), ("renames", 2, 22), ("bytes", 3, 24)]
@@ -335,40 +334,40 @@ def left_in(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("room", [1, 100, 60_000])
 def test_a_limit_met_while_writing_the_ribbon_leaves_nothing(
-    nb, tokenizer, stories, ribbon, tmp_path, room
+    nb, tokenizer, stories, stream, tmp_path, room
 ):
     path = tmp_path / "data" / "train.bin"
-    assert room < ribbon.nbytes
+    assert room < stream.nbytes
     with files_up_to(room), pytest.raises(nb.UserError, match=NO_ROOM):
         nb.write_tokens(nb.in_batches(stories), tokenizer, path, None, "")
     assert left_in(path.parent) == []
     nb.write_tokens(nb.in_batches(stories), tokenizer, path, None, "")
-    assert path.read_bytes() == ribbon.tobytes()
+    assert path.read_bytes() == stream.tobytes()
 
 
 def test_a_full_disk_met_while_writing_the_ribbon_leaves_nothing(
-    nb, disk, tokenizer, stories, ribbon
+    nb, disk, tokenizer, stories, stream
 ):
-    path = disk(ribbon.nbytes // 2) / "train.bin"
+    path = disk(stream.nbytes // 2) / "train.bin"
     with pytest.raises(nb.UserError, match="No space left"):
         nb.write_tokens(nb.in_batches(stories), tokenizer, path, None, "")
     assert left_in(path.parent) == []
 
 
 def test_a_disk_with_room_for_the_ribbon_but_not_its_json_is_not_left_full(
-    nb, disk, tokenizer, stories, ribbon
+    nb, disk, tokenizer, stories, stream
 ):
     """A gigabyte under a temporary name would keep the disk full for whoever tries again."""
-    path = disk(ribbon.nbytes) / "train.bin"
+    path = disk(stream.nbytes) / "train.bin"
     with pytest.raises(nb.UserError, match="No space left"):
         nb.write_tokens(nb.in_batches(stories), tokenizer, path, None, "")
     assert left_in(path.parent) == []
 
 
 def test_a_full_disk_while_writing_again_keeps_no_false_ribbon(
-    nb, disk, tokenizer, stories, ribbon
+    nb, disk, tokenizer, stories, stream
 ):
-    folder = disk(int(1.5 * ribbon.nbytes) + 12_288)
+    folder = disk(int(1.5 * stream.nbytes) + 12_288)
     first = nb.Source("x", "", "first", lambda split: nb.in_batches(stories[:2]))
     nb.prepare(first, tokenizer, folder)
     second = nb.Source("x", "", "second", lambda split: nb.in_batches(stories))
@@ -376,7 +375,7 @@ def test_a_full_disk_while_writing_again_keeps_no_false_ribbon(
         nb.prepare(second, tokenizer, folder)
     for split in ("train", "validation"):
         found = nb.read_tokens(folder / f"{split}.bin", tokenizer, "second")
-        assert found is None or found[0].tobytes() == ribbon.tobytes()
+        assert found is None or found[0].tobytes() == stream.tobytes()
     assert not list(folder.glob("*.tmp"))
 
 
@@ -443,7 +442,7 @@ def test_a_run_whose_disk_fills_stops_with_a_sentence_and_goes_on_later(
 
 @pytest.fixture
 def read_only(nb, disk, small_model, tokenizer, stories):
-    """A disk with a tokenizer, a ribbon, a checkpoint and a killed writer's leavings, read-only."""
+    """A disk with a tokenizer, a token stream, a checkpoint and a killed writer's leavings, read-only."""
     folder = disk(20_000_000)
     nb.own_tokenizer(folder / "tokenizer.json", stories[:50], 300, "text")
     nb.write_tokens([stories[:5]], tokenizer, folder / "train.bin", None, "text")
@@ -685,13 +684,13 @@ def fetch(nb, folder: Path, mode: str, limit) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def fetched(nb, tmp_path_factory):
-    """`fetched[limit]`: a folder with the ribbons that a healthy hub gives."""
+    """`fetched[limit]`: a folder with the streams that a healthy hub gives."""
+    pytest.importorskip("datasets")
     folders = {}
     for limit in (None, 2_500):
         folders[limit] = tmp_path_factory.mktemp("fetched")
         done = fetch(nb, folders[limit], "well", limit)
-        if done.returncode:  # newer libraries may ask the hub for more than this one knows
-            pytest.skip(f"the small hub is not enough: {done.stderr[-300:]}")
+        assert done.returncode == 0, done.stderr[-1_500:]
     return folders
 
 
@@ -715,8 +714,24 @@ def test_a_download_that_breaks_is_a_sentence_and_the_next_one_is_right(
         assert (tmp_path / name).read_bytes() == (fetched[limit] / name).read_bytes()
 
 
-@pytest.mark.parametrize("answer", [b"hello\r\n\r\n", b"", b"HTTP/1.1 503 Busy\r\n\r\n"])
-def test_a_hub_that_answers_nonsense_is_a_hub_that_cannot_be_reached(nb, monkeypatch, answer):
+@pytest.fixture
+def online(monkeypatch):
+    """`online(address)`: Hugging Face's client asks there."""
+    constants = huggingface_hub.constants
+
+    def become(address):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setenv("NO_PROXY", "*")
+
+    return become
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"hello\r\n\r\n", b"", b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\n\r\n"],
+)
+def test_a_hub_that_answers_nonsense_is_a_hub_that_cannot_be_reached(nb, online, answer):
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def reply():
@@ -727,20 +742,24 @@ def test_a_hub_that_answers_nonsense_is_a_hub_that_cannot_be_reached(nb, monkeyp
                 connection.close()
 
         threading.Thread(target=reply, daemon=True).start()
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        monkeypatch.setenv("NO_PROXY", "*")
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        assert nb.hub_answers(seconds=3.0) is False
+        online(f"http://127.0.0.1:{server.getsockname()[1]}")
+        why = nb.hub_refusal(seconds=3.0)
+        assert why and "\n" not in why and ("429" in why) == (b"429" in answer)
 
 
 @pytest.mark.parametrize("address", ["nonsense", "", "http://", "http://[", "http://no.such.host."])
-def test_a_wrong_address_of_the_hub_is_one_that_cannot_be_reached(nb, monkeypatch, address):
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", address)
-    assert nb.hub_answers(seconds=3.0) is False
+def test_a_wrong_address_of_the_hub_is_one_that_cannot_be_reached(nb, online, address):
+    online(address)
+    assert nb.hub_refusal(seconds=3.0)
 
 
-# Interrupts where no PoliteStop waits for them.
+def test_a_hub_that_answers_well_is_used(nb, online):
+    with small_hub(nb, "well") as address:
+        online(address)
+        assert nb.hub_refusal() is None
+
+
+# Interrupts where no GracefulInterrupt waits for them.
 def interrupted(batches, after: int):
     for i, batch in enumerate(batches):
         if i == after:
@@ -750,7 +769,7 @@ def interrupted(batches, after: int):
 
 @pytest.mark.parametrize("after", [0, 1, 20, 59])
 def test_an_interrupted_preparation_is_no_ribbon_and_the_next_one_is_right(
-    nb, tokenizer, stories, ribbon, tmp_path, after
+    nb, tokenizer, stories, stream, tmp_path, after
 ):
     pieces, now = [stories[i : i + 5] for i in range(0, 300, 5)], [after]
     source = nb.Source("x", "", "text", lambda split: interrupted(pieces, now[0]))
@@ -759,7 +778,7 @@ def test_an_interrupted_preparation_is_no_ribbon_and_the_next_one_is_right(
     assert not list(tmp_path.glob("*.bin"))
     now[0] = None
     for tokens, meta in nb.prepare(source, tokenizer, tmp_path).values():
-        assert tokens.tobytes() == ribbon.tobytes() and meta["stories"] == 300
+        assert tokens.tobytes() == stream.tobytes() and meta["stories"] == 300
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -779,18 +798,18 @@ def test_an_interrupt_in_the_middle_of_a_save_keeps_the_earlier_file(
 
 
 def test_an_interrupt_stops_the_rehearsal_too(nb, tmp_path, monkeypatch):
-    """`train` takes an interrupt for a polite end; the rehearsal must not compare half a run."""
-    _, tokenizer, ribbon = small_data(nb)
+    """`train` takes an interrupt for a polite end; the resume_check must not compare half a run."""
+    _, tokenizer, stream = small_data(nb)
     shape = {"block_size": 32, "n_layer": 1, "n_head": 1, "n_embd": 32}
-    names = {"tokenizer": tokenizer, "train_tokens": ribbon, "val_tokens": ribbon, "SEED": 1}
-    names["miniature"] = nb.GPTConfig(vocab_size=tokenizer.n_vocab, **shape)
+    names = {"tokenizer": tokenizer, "train_tokens": stream, "val_tokens": stream, "SEED": 1}
+    names["tiny_config"] = nb.GPTConfig(vocab_size=tokenizer.n_vocab, **shape)
     for name, value in names.items():
         monkeypatch.setattr(nb, name, value, raising=False)
     with monkeypatch.context() as patch:
         at_step(nb, patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
-            nb.rehearsal([6], tmp_path / "one")
-    one, two = nb.rehearsal([6], tmp_path / "two"), nb.rehearsal([3, 6], tmp_path / "three")
+            nb.resume_check([6], tmp_path / "one")
+    one, two = nb.resume_check([6], tmp_path / "two"), nb.resume_check([3, 6], tmp_path / "three")
     assert all(map(torch.equal, one, two))
 
 
@@ -815,7 +834,7 @@ def _probe():
         return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
     names = """SETTINGS preset_name config train_config sample held_out tokenizer lengths
-    shared train_tokens val_tokens starts x y baselines n_params model by_heart at_once in_parts
+    shared train_tokens val_tokens starts x y baselines n_params model memorised at_once in_parts
     run_name measured result story maps info""".split()
     made = {name: digest(globals()[name]) for name in names if name in globals()}
     if globals().get("run"):
@@ -908,37 +927,20 @@ def stopped(nb, tmp_path_factory):
     return folder
 
 
-def other_shapes(stored):
-    for state in stored["optimizer"][0]["state"].values():
-        state["exp_avg"] = torch.zeros(3)
-
-
-def fewer_groups(stored):
-    stored["optimizer"][0]["param_groups"].pop()
-
-
-def no_groups(stored):
-    del stored["optimizer"][0]["param_groups"]
-
-
 def other_weights(stored):
     stored["model"]["transformer.wte.weight"] = torch.zeros(2, 2)
 
 
-def no_evaluation_in_it(stored):
-    stored["evaluations"] = [1, 2]
+def another_optimizer(stored):
+    stored["optimizer"].append({})
 
 
-def half_an_evaluation(stored):
-    del stored["evaluations"][-1]["step"]
+def an_earlier_format(stored):
+    stored["identity"] = "the text's alone"
 
 
-KEYS = ("model", "config", "tokenizer", "metrics", "optimizer", "scaler", "seed", "identity")
-KEYS += ("step", "max_steps", "eval_every", "eval_stories", "seconds", "eval_seconds")
-KEYS += ("best_loss", "steps", "evaluations")
-USED = [key for key in KEYS if key not in ("metrics", "scaler")]  # the others are for people
-INSIDE = [other_shapes, fewer_groups, no_groups, other_weights, no_evaluation_in_it]
-INSIDE += [half_an_evaluation]
+USED = ("model", "optimizer", "identity", "step", "max_steps", "budget", "eval_every")
+USED += ("eval_tokens", "seconds", "steps", "evaluations")
 
 
 @pytest.fixture
@@ -951,7 +953,7 @@ def refused(nb, stopped, tmp_path, monkeypatch):
     def no_step(*_):
         raise AssertionError("training went on")
 
-    monkeypatch.setattr(nb, "careful_step", no_step)
+    monkeypatch.setattr(nb, "step_with_oom_retry", no_step)
     return partial(assert_refused, nb, stopped, tmp_path / "run")
 
 
@@ -972,17 +974,8 @@ def test_a_checkpoint_without_a_field_is_refused(refused, key):
     refused(lambda stored: stored.pop(key))
 
 
-@pytest.mark.parametrize("wrong", ["ten", None, [], {"a": 1}], ids=str)
-@pytest.mark.parametrize("key", USED)
-def test_a_checkpoint_with_a_field_of_another_kind_is_refused(refused, stopped, key, wrong):
-    kind = type(torch.load(stopped / "last.pt", weights_only=True)[key])
-    if type(wrong) is kind and key not in ("optimizer", "identity"):
-        pytest.skip("of the right kind")
-    refused(lambda stored: stored.update({key: wrong}))
-
-
-@pytest.mark.parametrize("change", INSIDE)
-def test_a_checkpoint_that_is_wrong_inside_a_field_is_refused(refused, change):
+@pytest.mark.parametrize("change", [other_weights, another_optimizer, an_earlier_format])
+def test_a_checkpoint_that_does_not_fit_is_refused(refused, change):
     refused(change)
 
 

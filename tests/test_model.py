@@ -131,6 +131,23 @@ def test_names_inside_are_gpt2s(small_model):
     assert "transformer.wpe.weight" not in small_model(rope=True).state_dict()
 
 
+def test_weights_of_earlier_versions_load(nb, small_model):
+    """They had a LayerNorm class of their own, with the names of PyTorch's."""
+    norms = [f"transformer.h.{i}.ln_{n}" for i in (0, 1) for n in (1, 2)] + ["transformer.ln_f"]
+    for bias in (True, False):
+        model = small_model(bias=bias)
+        names = {name for name in model.state_dict() if ".ln_" in name}
+        assert names == {
+            f"{norm}.{kind}" for norm in norms for kind in ["weight", "bias"][: 1 + bias]
+        }
+    published = nb.load_checkpoint(nb.Path(__file__).parent.parent / "best_model_params.pt")
+    model = nb.GPT(nb.GPTConfig(**published["config"]))
+    nb.load_weights(model, published)
+    assert torch.equal(
+        model.transformer.ln_f.weight.half(), published["model"]["transformer.ln_f.weight"].half()
+    )
+
+
 def test_the_model_equals_a_gpt2_written_again(small_model):
     """The forward pass from the weights alone, in plain matrix products."""
     model = small_model()
@@ -142,8 +159,8 @@ def test_the_model_equals_a_gpt2_written_again(small_model):
 
     def norm(name, value):
         centred = value - value.mean(-1, keepdim=True)
-        spread = (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
-        return centred / spread * w[f"{name}.weight"] + w[f"{name}.bias"]
+        deviation = (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+        return centred / deviation * w[f"{name}.weight"] + w[f"{name}.bias"]
 
     for i in range(2):
         block = f"transformer.h.{i}"
@@ -155,8 +172,8 @@ def test_the_model_equals_a_gpt2_written_again(small_model):
             heads.append(scores.masked_fill(future, -math.inf).softmax(-1) @ v[..., part])
         h = h + linear(f"{block}.attn.c_proj", torch.cat(heads, -1))
         u = linear(f"{block}.mlp.c_fc", norm(f"{block}.ln_2", h))
-        bent = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
-        h = h + linear(f"{block}.mlp.c_proj", bent)
+        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+        h = h + linear(f"{block}.mlp.c_proj", u)
     logits = norm("transformer.ln_f", h) @ w["transformer.wte.weight"].T
     torch.testing.assert_close(model(x)[0], logits, rtol=1e-4, atol=1e-4)
 
@@ -170,6 +187,28 @@ def test_three_attentions_agree(nb):
     torch.testing.assert_close(by_hand, fused)
     assert not weights.triu(1).any()
     torch.testing.assert_close(weights.sum(-1), torch.ones(7))
+
+
+@pytest.mark.parametrize(
+    "mask, expected",
+    [
+        (None, "not tried yet"),
+        (torch.ones(4, 4).tril(), "ok: exercise 1"),
+        (torch.ones(4, 4).tril().bool(), "ok: exercise 1"),
+        (torch.ones(4, 4).tril(-1), "token 0 may not look at token 0"),
+        (torch.ones(4, 4).triu(), "token 0 may look at token 1"),
+        (torch.ones(4, 4), "token 0 may look at token 1"),
+        (torch.ones(3, 3).tril(), "shape (4, 4)"),
+        ([[1, 0], [1, 1]], "shape (4, 4)"),
+    ],
+    ids=str,
+)
+def test_the_first_exercise_is_judged(nb, mask, expected):
+    assert expected in nb.judge_mask(mask, 4)
+
+
+def test_the_first_exercise_is_untouched_in_the_notebook(nb):
+    assert nb.my_mask(5) is None
 
 
 @pytest.mark.parametrize("changes", KINDS, ids=str)
@@ -236,7 +275,7 @@ def test_rotations_keep_lengths_and_depend_on_distance_alone(nb):
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0)).double()
 
     def turned(x, t):
-        return nb.rotate(x, *nb.rotation_for(torch.tensor([float(t)]).double(), 16))
+        return nb.apply_rope(x, *nb.rope_cos_sin(torch.tensor([float(t)]).double(), 16))
 
     assert turned(q, 37).norm().item() == pytest.approx(q.norm().item())
     scores = [(turned(q, t + 5) * turned(k, t)).sum().item() for t in (0, 11, 200)]
@@ -246,10 +285,10 @@ def test_rotations_keep_lengths_and_depend_on_distance_alone(nb):
 
 def test_rotation_equals_complex_multiplication(nb):
     x = torch.randn(1, 1, 5, 8, generator=torch.Generator().manual_seed(0))
-    clocks = 10_000.0 ** (-torch.arange(0, 8, 2) / 8)
-    turn = torch.polar(torch.ones(5, 4), torch.arange(5)[:, None] * clocks)
+    times = 10_000.0 ** (-torch.arange(0, 8, 2) / 8)
+    turn = torch.polar(torch.ones(5, 4), torch.arange(5)[:, None] * times)
     expected = torch.complex(x[..., :4], x[..., 4:]) * turn
-    out = nb.rotate(x, *nb.rotation_for(torch.arange(5), 8))
+    out = nb.apply_rope(x, *nb.rope_cos_sin(torch.arange(5), 8))
     torch.testing.assert_close(torch.complex(out[..., :4], out[..., 4:]), expected)
 
 
@@ -306,9 +345,26 @@ def test_sliced_loss_agrees_in_bfloat16(nb, n, vocabulary):
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
+@pytest.mark.parametrize("rows", [None, 1, 3])
+def test_the_sliced_loss_of_a_very_wrong_guess_is_exact(nb, rows):
+    """As sure as e^300 of a token that never comes: more than float32 can hold."""
+    hidden, weight = 300.0 * torch.eye(4), torch.eye(4)
+    loss = nb.sliced_cross_entropy(hidden, weight, torch.tensor([1, 2, 3, 0]), rows)
+    assert loss.item() == pytest.approx(300.0)
+
+
 def test_sliced_loss_passes_gradcheck(nb):
     generator = torch.Generator().manual_seed(0)
     h, w = (torch.randn(n, 4, generator=generator).double() for n in (5, 7))
     t = torch.tensor([0, 6, 3, 3, 1])
-    loss = nb.SlicedCrossEntropy.apply(h, w, t, torch.float64).item()
+    loss = nb.SlicedCrossEntropy.apply(h, w, t, torch.float64, 2).item()
     assert loss == pytest.approx(F.cross_entropy(h @ w.T, t).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("n_embd", [8, 384, 2_560])
+def test_a_fresh_model_of_any_width_has_the_loss_that_step_7_expects(nb, small_model, n_embd):
+    torch.manual_seed(1)
+    shape = {"n_embd": n_embd, "n_layer": 1, "n_head": 1, "dropout": 0.0}
+    model = nb.GPT(nb.GPTConfig(block_size=16, vocab_size=1_000, **shape))
+    x, y = torch.randint(1_000, (2, 4, 16))
+    assert model(x, y)[1].item() == pytest.approx(math.log(1_000) + 0.0002 * n_embd, abs=0.25)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load_notebook, needs_gpt2, small_data
+from conftest import load_notebook, made_of, small_data
 
 # Windows, tokens per window (the context is 16), layers, heads.
 SIZES = [(1, 1, 1, 1), (4, 1, 2, 3), (3, 5, 1, 4), (2, 16, 4, 1), (2, 16, 2, 2)]
@@ -44,7 +44,7 @@ def turned(name: str, tensor):
     return tensor.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
 
 
-def twin_in_transformers(model):
+def the_same_in_transformers(model):
     """GPT2LMHeadModel with the weights of our model, and zeros where ours has no biases."""
     transformers = pytest.importorskip("transformers")
     c = model.config
@@ -84,7 +84,7 @@ def differences_from_gpt2(model, x, y) -> dict[str, float]:
 
     Losses and gradients: once from the logits, once by the sliced loss.
     """
-    other = twin_in_transformers(model)
+    other = the_same_in_transformers(model)
     logits = other(x).logits
     loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
     loss.backward()
@@ -175,17 +175,16 @@ def test_the_schedule_is_pytorchs_linear_then_cosine(nb, max_steps, warmup):
 def test_two_steps_of_adamw_equal_its_formula(nb, cpu):
     """Loshchilov and Hutter 2019, with the clipped gradients that the optimizer is given."""
     model = a_model(nb)
-    cfg = nb.TrainConfig(beta1=0.8, beta2=0.9, weight_decay=0.5, grad_clip=0.1)
-    (adamw,), given = nb.make_optimizers(model, cfg), []
+    settings = {"beta1": 0.8, "beta2": 0.9, "weight_decay": 0.5, "grad_clip": 0.1}
+    run, given = made_of(nb, cpu, model, 4, **settings), []
+    (adamw,) = run.optimizers
     adamw.register_step_pre_hook(
         lambda *_: given.append([p.grad.clone() for p in model.parameters()])
     )
     values = [p.detach().clone() for p in model.parameters()]
     moments = [[torch.zeros_like(p), torch.zeros_like(p)] for p in values]
     for t, lr in ((1, 1e-2), (2, 3e-3)):
-        _, norm, _ = nb.training_step(
-            model, model, [adamw], cpu.scaler(), *windows(4, 16), lr, cfg, cpu, 4
-        )
+        _, norm = nb.training_step(run, *windows(4, 16), lr)
         length = torch.cat([g.flatten() for g in given[-1]]).norm().item()
         assert norm > 1 and length == pytest.approx(0.1, rel=1e-4)
         for p, (m, v), g in zip(values, moments, given[-1]):
@@ -200,22 +199,22 @@ def test_float16_leaves_steps_out_until_its_scale_fits(nb, cpu):
     """The gradients overflow by themselves here, in the 16-bit products of the backward pass."""
     half = nb.Machine(cpu.device, torch.float16, "test")
     assert half.scaler().is_enabled()
-    start, model, twin = (a_model(nb) for _ in range(3))
-    cfg, (x, y) = nb.TrainConfig(grad_clip=1.0), windows(4, 16)
+    start, model, test_model = (a_model(nb) for _ in range(3))
 
     def step(learner, scaler, machine):
-        sgd = torch.optim.SGD(learner.parameters())
-        return nb.training_step(learner, learner, [sgd], scaler, x, y, 0.1, cfg, machine, 2)
+        sgd = [torch.optim.SGD(learner.parameters())]
+        run = made_of(nb, machine, learner, 2, scaler, None, sgd, grad_clip=1.0)
+        return nb.training_step(run, *windows(4, 16), 0.1)
 
     scaler, left_out = torch.amp.GradScaler("cpu", init_scale=2.0**24), 0
-    while not (result := step(model, scaler, half))[2]:
+    while not math.isfinite((result := step(model, scaler, half))[1]):
         left_out += 1
         assert scaler.get_scale() == 2.0 ** (24 - left_out) and left_out < 30
         assert all(map(torch.equal, model.parameters(), start.parameters()))
     assert left_out
-    expected = step(twin, cpu.scaler(), cpu)
-    assert result[:2] == pytest.approx(expected[:2], rel=0.02)
-    for ours, theirs, before in zip(*(m.parameters() for m in (model, twin, start))):
+    expected = step(test_model, cpu.scaler(), cpu)
+    assert result == pytest.approx(expected, rel=0.02)
+    for ours, theirs, before in zip(*(m.parameters() for m in (model, test_model, start))):
         assert (ours - theirs).norm() < 0.05 * (theirs - before).norm()
 
 
@@ -223,10 +222,10 @@ def test_float16_leaves_steps_out_until_its_scale_fits(nb, cpu):
 TEXTS = ["Lily lost her ball.", "A", "Tom saw a naïve fox 🦊. \n\nThe end.", "  two  spaces "]
 
 
-@pytest.fixture(params=["own", pytest.param("gpt2", marks=needs_gpt2)])
-def any_tokenizer(nb, tokenizer, request):
+@pytest.fixture(params=["tokenizer", "gpt2"])
+def any_tokenizer(request):
     """Our own tokenizer, then GPT-2's."""
-    return tokenizer if request.param == "own" else nb.restore_tokenizer({"name": "gpt2"})
+    return request.getfixturevalue(request.param)
 
 
 def test_bits_per_byte_is_the_sum_over_all_tokens_by_the_bytes_of_the_text(nb, any_tokenizer):

@@ -1,5 +1,7 @@
 """How the model picks tokens, the cache, and text that is written piece by piece."""
 
+import contextlib
+import io
 import math
 import types
 
@@ -73,7 +75,7 @@ def test_a_tiny_temperature_and_extreme_logits_stay_finite(nb):
     ],
     ids=str,
 )
-def test_senseless_dials_are_refused_by_name(nb, wrong):
+def test_senseless_sampling_parameters_are_refused_by_name(nb, wrong):
     with pytest.raises(nb.UserError, match=next(iter(wrong))):
         nb.sampling_probabilities(torch.zeros(1, 5), **wrong)
 
@@ -126,6 +128,9 @@ def test_cached_logits_equal_the_uncached(small_model, rope):
         parts += [model.hidden(ids[:, t : t + 1], caches) for t in range(5, 16)]
         cached = model.lm_head(torch.cat(parts, dim=1))
     torch.testing.assert_close(cached, whole, rtol=1e-4, atol=1e-4)
+    caches = [[part[:, :, :5] for part in cache] for cache in caches]
+    with pytest.raises(AssertionError, match="one at a time"):  # the first would see the second
+        model.hidden(ids[:, 5:7], caches)
 
 
 @pytest.mark.parametrize("rope", [False, True])
@@ -162,7 +167,7 @@ def test_a_story_stops_at_the_stop_token(small_model):
 def test_a_batch_waits_for_all_and_pads_those_that_are_done(small_model):
     model, prompts = small_model(), torch.tensor([[7, 3], [90, 200]])
     free = model.generate(prompts, 25, temperature=0.0)
-    stop = free[0, 6].item()
+    stop = next(t for t in free[0, 4:].tolist() if t not in free[1])
     out = model.generate(prompts, 25, temperature=0.0, stop_token=stop)
     first = free[0].tolist().index(stop, 2)
     assert out[0, : first + 1].tolist() == free[0, : first + 1].tolist()
@@ -175,7 +180,7 @@ def test_writing_is_without_dropout_and_puts_the_mode_back(small_model, training
     model = small_model(dropout=0.5).train(training)
     once, twice = (model.generate(PROMPT, 12, temperature=0.0) for _ in range(2))
     assert torch.equal(once, twice) and model.training == training
-    story = model.stream(PROMPT, 12)
+    story = model.generate_stream(PROMPT, 12)
     next(story)
     story.close()  # a reader who stops listening
     assert model.training == training
@@ -189,11 +194,11 @@ def test_a_prompt_of_any_length_works(small_model):
 
 # Text.
 def parrot(tokens, block_size=99):
-    """A stand-in for a model that says what it was told."""
+    """In place of a model: writes these tokens, whatever the prompt."""
     return types.SimpleNamespace(
         config=types.SimpleNamespace(block_size=block_size),
         parameters=lambda: iter([torch.zeros(1)]),
-        stream=lambda *_, **__: iter(torch.tensor(tokens).view(-1, 1, 1)),
+        generate_stream=lambda *_, **__: iter(torch.tensor(tokens).view(-1, 1, 1)),
     )
 
 
@@ -213,7 +218,9 @@ def test_half_a_character_at_the_end_is_shown_as_such(nb, tokenizer):
 def test_the_model_is_asked_from_end_of_text_without_a_last_space(nb, tokenizer):
     asked = []
     model = parrot([65])
-    model.stream = lambda idx, *_, **options: asked.append((idx.tolist(), options)) or iter(())
+    model.generate_stream = lambda idx, *_, **options: (
+        asked.append((idx.tolist(), options)) or iter(())
+    )
     assert nb.generate_text(model, tokenizer, "Once upon  \n") == "Once upon"
     ids, options = asked[0]
     assert ids == [[tokenizer.eot_token, *tokenizer.encode_ordinary("Once upon")]]
@@ -241,3 +248,47 @@ def test_the_last_cell_says_how_the_story_ended(nb, tokenizer, monkeypatch, caps
     assert nb.tell("That is ", 4) == "That is all"
     shown = capsys.readouterr().out
     assert shown.startswith("That is all\n\n") and expected in shown.splitlines()[-1]
+
+
+@given(st.lists(st.sampled_from("a bc. \n-é") | st.text("abc ", max_size=150), max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_what_is_printed_while_writing_is_the_wrapped_story(nb, pieces):
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(nb, "stream_text", lambda *_, **__: iter([*pieces, nb.EOT]))
+        for name in ("model", "tokenizer"):
+            patch.setattr(nb, name, None, raising=False)
+        story = nb.tell("Once ", 300, temperature=0.5)
+    assert story == "Once" + "".join(pieces)
+    assert printed.getvalue() == f"{nb.wrapped(story)}\n\nThe end.\n"
+
+
+def test_a_story_is_printed_line_by_line(nb, monkeypatch):
+    printed, seen = io.StringIO(), []
+
+    def pieces(*_, **__):
+        for piece in (" upon", " a time", "\n", "there", " was", " a" * 50):
+            yield piece
+            seen.append(printed.getvalue())
+
+    monkeypatch.setattr(nb, "stream_text", pieces)
+    for name in ("model", "tokenizer"):
+        monkeypatch.setattr(nb, name, None, raising=False)
+    with contextlib.redirect_stdout(printed):
+        nb.tell("Once", 5)
+    first = "Once upon a time\n"
+    assert seen == [*4 * [""], first, f"{first}there was{' a' * 45}\n"]
+
+
+def test_repeated_runs_are_counted_from_the_second_on(nb):
+    assert nb.repeated([1, 2, 3]) == 0 == nb.repeated([1, 2, 3, 4, 5])
+    assert nb.repeated([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+
+
+def test_many_stories_are_cut_at_their_ends(nb, tokenizer, small_model, monkeypatch):
+    for name, value in {"tokenizer": tokenizer, "device": "cpu", "SEED": 1}.items():
+        monkeypatch.setattr(nb, name, value, raising=False)
+    tokens = torch.tensor([[7, 5, tokenizer.eot_token, tokenizer.eot_token], [8, 5, 6, 9]])
+    stand_in = types.SimpleNamespace(generate=lambda *_, **__: tokens)
+    monkeypatch.setattr(nb, "model", stand_in, raising=False)
+    assert nb.write_many(tokens[:, :1], 3) == [[5], [5, 6, 9]]

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from conftest import DEFAULTS, code_cells
 
 WRONG = [
     ({"PRESET": "huge"}, "PRESET"),
@@ -12,6 +13,7 @@ WRONG = [
     ({"MODEL": {"layers": 3}}, "layers"),
     ({"MODEL": {"n_embd": 100}}, "try n_embd = 102"),
     ({"MODEL": {"n_embd": 0}}, "n_embd"),
+    ({"MODEL": {"n_embd": 1, "n_head": 1}}, "n_embd"),  # LayerNorm makes it zero
     ({"MODEL": {"n_layer": 2.0}}, "n_layer"),
     ({"MODEL": {"n_head": "6"}}, "n_head"),
     ({"MODEL": {"block_size": -1}}, "block_size"),
@@ -46,7 +48,7 @@ WRONG = [
     ({"MINUTES": True}, "MINUTES"),
     ({"MINUTES": "ten"}, "MINUTES"),
     ({"MAX_STEPS": 0}, "max_steps"),
-    ({"MAX_STEPS": 10.5}, "max_steps"),
+    ({"MAX_STEPS": 10.5}, "MAX_STEPS"),
     ({"TRAIN": "no"}, "TRAIN"),
     ({"TRAIN": 1}, "TRAIN"),
     ({"RESUME": None}, "RESUME"),
@@ -64,14 +66,14 @@ WRONG = [
 @pytest.mark.parametrize("wrong, named", WRONG, ids=str)
 def test_wrong_settings_are_refused_in_one_sentence_that_names_them(nb, wrong, named):
     with pytest.raises(nb.UserError) as caught:
-        nb.resolve(nb.read_settings(nb.DEFAULTS | {"PRESET": "slm"} | wrong, {}), cuda=False)
+        nb.resolve(nb.read_settings(DEFAULTS | {"PRESET": "slm"} | wrong, {}), cuda=False)
     sentence = str(caught.value)
     assert named in sentence and "\n" not in sentence and sentence.endswith(".")
     assert caught.value._render_traceback_() == [f"UserError: {sentence}"]
 
 
 def settings(nb, outside=None, **here):
-    return nb.read_settings(nb.DEFAULTS | here, outside or {})
+    return nb.read_settings(DEFAULTS | here, outside or {})
 
 
 def test_the_environment_overrules_the_cell_and_says_so(nb, capsys):
@@ -85,7 +87,7 @@ def test_the_environment_overrules_the_cell_and_says_so(nb, capsys):
         "HOME": "not ours",
     }
     read = settings(nb, outside, MODEL={"n_layer": 9}, RESUME=False)
-    assert read == nb.DEFAULTS | {
+    assert read == DEFAULTS | {
         "PRESET": "tiny",
         "MODEL": {"n_layer": 3},
         "MINUTES": 2.5,
@@ -94,13 +96,12 @@ def test_the_environment_overrules_the_cell_and_says_so(nb, capsys):
         "PROMPT": "[1]",
         "RESUME": False,
     }
-    told = capsys.readouterr().out.splitlines()
-    assert len(told) == 7 and sum("from the environment" in line for line in told) == 6
-    assert "RESUME = False (from the settings; the default is True)" in told
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 6 and "TRAIN = False (from the environment)" in printed
 
 
 def test_defaults_are_silent(nb, capsys):
-    assert settings(nb) == nb.DEFAULTS and not capsys.readouterr().out
+    assert settings(nb) == DEFAULTS and not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -139,6 +140,11 @@ def test_model_and_training_change_the_preset(nb):
     "budget, expected",
     [
         ({}, (60.0, 56_000)),
+        ({"TRAINING": {"minutes": 30}}, (30, None)),
+        ({"TRAINING": {"minutes": 30}, "MAX_STEPS": 7}, (30, 7)),
+        ({"TRAINING": {"minutes": 30, "max_steps": 8}}, (30, 8)),
+        ({"TRAINING": {"minutes": 30, "max_steps": 8}, "MINUTES": 5}, (5, None)),
+        ({"TRAINING": {"max_steps": 8}}, (60.0, 8)),
         ({"MINUTES": 5}, (5, None)),
         ({"MAX_STEPS": 7}, (60.0, 7)),
         ({"MINUTES": 5, "MAX_STEPS": 7}, (5, 7)),
@@ -177,7 +183,7 @@ def test_float32_on_apple_gpus(nb):
     "float32, bfloat16, dtype", [(1.0, 0.5, torch.bfloat16), (0.5, 1.0, torch.float32)]
 )
 def test_the_cpu_takes_the_faster_format(nb, monkeypatch, float32, bfloat16, dtype):
-    times = iter([float32, bfloat16])
+    times = iter([bfloat16, float32])
     monkeypatch.setattr(nb, "median_seconds", lambda *_: next(times))
     assert nb.choose_precision(torch.device("cpu"))[0] == dtype
 
@@ -201,15 +207,39 @@ def test_gradients_are_scaled_in_float16_alone(nb, dtype):
     assert nb.Machine(cpu, torch.float16, "").scaler().is_enabled()
 
 
-def test_a_gpu_that_cannot_compute_is_not_used(nb, monkeypatch, capsys):
+def test_a_gpu_that_cannot_compute_is_not_used_and_chooses_no_preset(
+    nb, monkeypatch, capsys, tmp_path
+):
     def no_kernel(*_, **options):
-        raise RuntimeError("no kernel image is available")
+        raise RuntimeError("no kernel image is available\nand so on")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda *_: None)
     monkeypatch.setattr(torch, "ones", no_kernel)
     assert nb.choose_device().type in ("cpu", "mps")
-    assert "too old" in capsys.readouterr().out
+    assert "no kernel image is available)" in capsys.readouterr().out
+    assert settings_cell(nb, tmp_path)["preset_name"] == "laptop"
+
+
+def settings_cell(nb, folder) -> dict:
+    """What the cells that read the settings define."""
+    names = vars(nb) | DEFAULTS | {"FOLDER": str(folder)}
+    for cell in code_cells():
+        if "def read_settings" in cell or "SETTINGS = read_settings" in cell:
+            exec(cell, names)
+    return names
+
+
+def test_only_torchrun_makes_several_processes(nb, monkeypatch, tmp_path):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)  # as a cluster's job leaves them
+    for launched, expected in ((False, (0, 1, 0)), (True, (0, 2, 1))):
+        if launched:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+        names = settings_cell(nb, tmp_path)
+        assert (names["RANK"], names["WORLD"], names["LOCAL_RANK"]) == expected
+    monkeypatch.setattr(nb, "IN_NOTEBOOK", True)  # started beside torchrun, not by it
+    assert settings_cell(nb, tmp_path)["WORLD"] == 1
 
 
 def test_drive_is_mounted_only_when_asked_and_only_on_colab(nb, tmp_path, monkeypatch):

@@ -54,10 +54,10 @@ def main(path: Path):
         "| | story | longest run of its words found in the training text |",
         "| --- | --- | --- |",
     ]
-    ribbon = None
+    stream = None
     if SAMPLE:
         source = nb.file_source(SAMPLE)
-        ribbon = nb.ribbon_of([s for b in source.batches("train") for s in b], tokenizer)
+        stream = nb.encode_stories([s for b in source.batches("train") for s in b], tokenizer)
     longest = []
     for number, prompt in enumerate(PROMPTS, 1):
         pieces = list(nb.stream_text(model, tokenizer, prompt, 300, seed=number))
@@ -65,9 +65,9 @@ def main(path: Path):
         text = "".join(pieces).removesuffix(nb.EOT).strip("\n").replace("\n", "<br>")
         ending = "" if ended else " *(stopped at 300 tokens)*"
         copied = "?"
-        if ribbon is not None:
+        if stream is not None:
             ids = tokenizer.encode_ordinary(text.replace("<br>", "\n"))
-            longest.append(nb.longest_copied(ids, ribbon)[0])
+            longest.append(nb.longest_copied(ids, stream)[0])
             copied = f"{longest[-1]} of {len(ids)} tokens"
         lines.append(f"| {number} | **{prompt}**{text}{ending} | {copied} |")
     if longest:
