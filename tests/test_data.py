@@ -593,7 +593,7 @@ def test_targets_are_inputs_shifted_by_one(nb, stream):
 )
 def test_the_exercise_says_what_is_wrong_with_an_attempt(nb, capsys, attempt, verdict):
     nb.judge_targets(attempt, np.arange(9, dtype=np.uint16))
-    assert capsys.readouterr().out.startswith(f"exercise: {verdict}")
+    assert capsys.readouterr().out.startswith(f"exercise 1: {verdict}")
 
 
 def test_a_batch_depends_on_seed_and_step_alone(nb, stream):

@@ -907,7 +907,7 @@ def test_the_whole_notebook_again_finds_the_run_complete_and_holds_no_more(run_a
     assert once["made"] == twice["made"] == thrice["made"]
     each = len(outputs) // 4
     for passed in (outputs[2 * each : 3 * each], outputs[3 * each :]):
-        assert any("This run is complete." in text for _, text in passed)
+        assert any("This run is complete:" in text for _, text in passed)
         assert any("train.bin: reusing" in text for _, text in passed)
     print([probe["memory"] for probe in (once, twice, thrice)])
     print([probe["held"] for probe in (once, twice, thrice)])

@@ -193,8 +193,8 @@ def test_three_attentions_agree(nb):
     "mask, expected",
     [
         (None, "not tried yet"),
-        (torch.ones(4, 4).tril(), "ok: exercise 1"),
-        (torch.ones(4, 4).tril().bool(), "ok: exercise 1"),
+        (torch.ones(4, 4).tril(), "ok: exercise 2"),
+        (torch.ones(4, 4).tril().bool(), "ok: exercise 2"),
         (torch.ones(4, 4).tril(-1), "token 0 may not look at token 0"),
         (torch.ones(4, 4).triu(), "token 0 may look at token 1"),
         (torch.ones(4, 4), "token 0 may look at token 1"),
@@ -203,11 +203,11 @@ def test_three_attentions_agree(nb):
     ],
     ids=str,
 )
-def test_the_first_exercise_is_judged(nb, mask, expected):
+def test_the_second_exercise_is_judged(nb, mask, expected):
     assert expected in nb.judge_mask(mask, 4)
 
 
-def test_the_first_exercise_is_untouched_in_the_notebook(nb):
+def test_the_second_exercise_is_untouched_in_the_notebook(nb):
     assert nb.my_mask(5) is None
 
 
