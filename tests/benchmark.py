@@ -9,6 +9,7 @@ medians with minimum and maximum. What is slow on a machine is repeated less oft
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from conftest import GPT2_VOCABULARY, SAMPLE, load_notebook, made_of
+from conftest import GPT2_VOCABULARY, ROOT, SAMPLE, like_gpt2, load_notebook, made_of
 
 nb = load_notebook()
 nb.WORLD, nb.RANK = 1, 0
@@ -181,7 +182,8 @@ def training(preset: str, variant: str, repeats: int):
         machine = nb.Machine(torch.device("cpu"), *nb.choose_precision(torch.device("cpu")))
         changes = {"optimizer": "adamw"} if variant == "adamw" else {}
         changes |= {"learning_rate": 1e-4, "min_lr": 1e-5}
-        run = made_of(nb, machine, model, min(windows, 16), **row["training"] | changes)
+        changes |= {"batch_size": min(windows, 16)}
+        run = made_of(nb, machine, model, **row["training"] | changes)
 
         def step():
             nb.training_step(run, x, y, 1e-4)
@@ -247,13 +249,37 @@ def generation(repeats):
     return rates(times, 200), "tokens/s"
 
 
+def beside_llama(size: str, repeats: int):
+    """Tokens per second on one thread, 200 tokens, greedy: ours and llama.cpp's, same weights."""
+    from test_gguf import LlamaCpp
+
+    torch.set_num_threads(1)
+    if size == "4.2M":
+        model, tok, _ = nb.load_model(ROOT / "best_model_params.pt")
+    else:
+        torch.manual_seed(0)
+        model, tok = nb.GPT(nb.GPTConfig(block_size=256)).eval(), like_gpt2(nb)
+    start = torch.tensor([[tok.eot_token, *tok.encode_ordinary("Once upon a time")]])
+    question = {"n_predict": 200, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
+    found, written = {"ours": [], "llama.cpp, float16": []}, []
+    with tempfile.TemporaryDirectory() as folder:
+        llama = LlamaCpp(nb, model, tok, Path(folder))
+        for _ in range(repeats + 1):
+            took = seconds(lambda: written.append(model.generate(start, 200, temperature=0.0)))
+            found["ours"].append(200 / took)
+            reply = llama.ask("/completion", prompt="Once upon a time", **question)
+            found["llama.cpp, float16"].append(reply["timings"]["predicted_per_second"])
+        del llama
+    return {name: values[1:] for name, values in found.items()}, "tokens/s"
+
+
 def matrix_rate(dtype) -> tuple[float, int]:
     """(operations per second, n) of n x n matrix products that take some 50 ms or more."""
     for n in (256, 512, 1_024, 2_048, 4_096):
         m = torch.randn(n, n).to(dtype)
         if min(in_turns({"": lambda m=m: m @ m}, 3)[""]) > 0.05:
             break
-    return 2 * n**3 / nb.median_seconds(lambda: m @ m), n
+    return 2 * n**3 / nb.call_seconds(lambda: m @ m), n
 
 
 def processor() -> str:
@@ -287,14 +313,18 @@ def main(repeats: int):
     print(f"{processor()}, {CORES} cores, torch {torch.__version__}")
     print(f"text: {text}; vocabulary: {'GPT-2' if GPT2_VOCABULARY else 'own'}\n")
     print("| what | variant | median | range | remark |\n| --- | --- | --- | --- | --- |")
-    for name in ("preparation", "bpe", "batch", "generation"):
+    names = ["preparation", "bpe", "batch", "generation"]
+    if importlib.util.find_spec("gguf") and importlib.util.find_spec("xllamacpp"):
+        names += ["beside_llama 4.2M", "beside_llama 30M"]
+    for name in names:
         found, unit = measure(name, repeats)
         first = next(iter(found))
         ours = statistics.median(found[first])
         for variant, values in found.items():
             ratio = ours / statistics.median(values)
             remark = "" if variant == first else f"ours / this: {ratio:.2f}"
-            row(name, variant, values, unit, remark)
+            what = name.replace("beside_llama", "generation, one thread,")
+            row(what, variant, values, unit, remark)
     bfloat16, float32 = matrix_rate(torch.bfloat16), matrix_rate(torch.float32)
     rate = max(bfloat16[0], float32[0])
     for preset in ("slm", "laptop"):

@@ -137,7 +137,7 @@ def twenty_steps(nb, folder: Path, stop_at=None, seed=1, training=None, **change
     plan = {"max_steps": 20, "tokens_per_step": 256, "batch_size": 4, "warmup_steps": 4}
     cfg = nb.TrainConfig(**plan | (training or {}))
     cpu = nb.Machine(nb.torch.device("cpu"), nb.torch.float32, "test")
-    run = nb.open_run(folder, config, cfg, tokenizer, cpu, seed, quiet=True)
+    run = nb.open_run(folder, config, cfg, tokenizer, cpu, seed)
     run.max_steps, run.eval_every, run.eval_tokens = 20, 10, 500
     nb.train(run, stream, stream, stop_at=stop_at)
     return run

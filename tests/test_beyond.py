@@ -1,14 +1,16 @@
 """Beyond one notebook: several processes, settings from outside, other people's libraries."""
 
+import ast
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, code_cells, defines
 from test_notebook import launch, script  # noqa: F401 (script is a fixture)
 
 TINY = {
@@ -49,6 +51,138 @@ def test_two_processes_learn_what_one_learns_and_resume(script, tmp_path):  # no
     again = launch(torchrun(script, 2), two, settings | {"MAX_STEPS": 10})
     assert "Resuming after step 8" in again
     assert len(losses(two)) == 10
+
+
+# Several machines: one torchrun each, in folders of their own.
+# The cells that a training run needs; of all others, only what they define.
+NEEDED = [
+    "class UserError",
+    "\nPRESET = ",
+    "RANK, WORLD",
+    "def choose_precision",
+    "def rank_zero_first",
+]
+NEEDED += ["source = open_source(", "data_folder = choose_tokenizer(", "streams = prepare("]
+NEEDED += ["run = open_run(folder, *parts", "train(run, train_tokens, val_tokens, live_curve)"]
+
+
+@pytest.fixture(scope="module")
+def training_script(tmp_path_factory):
+    """The notebook as a program that prepares and trains, and shows nothing."""
+    cells, found = [], 0
+    for source in code_cells():
+        tree = ast.parse(source)
+        if any(mark in source for mark in NEEDED):
+            found += 1
+        else:
+            tree.body = [node for node in tree.body if defines(node)]
+        cells.append(ast.unparse(tree))
+    assert found == len(NEEDED)
+    path = tmp_path_factory.mktemp("script") / "training.py"
+    path.write_text("\n".join(cells), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def machines(nb, training_script, tmp_path):
+    """`machines(settings, ...)` starts a torchrun of one process for each of these settings.
+
+    They run in folders "0", "1" and so on, each with a file "said" that takes what they print.
+    The process of the first one has rank 0. `machines()` starts one process without torchrun.
+    """
+    started = []
+    stories = "\n\n".join(nb.practice_corpus(600, seed=3)[0])
+
+    def start(*settings, alone=False):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        several = ["-m", "torch.distributed.run", f"--nnodes={len(settings)}", "--nproc_per_node=1"]
+        several += ["--rdzv-backend=c10d", f"--rdzv-endpoint={address}", "--local-addr=localhost"]
+        runs = []
+        for number, changes in enumerate(settings):
+            folder = tmp_path / ("alone" if alone else str(number))
+            folder.mkdir(exist_ok=True)
+            (folder / "stories.txt").write_text(stories, encoding="utf-8")
+            wanted = TINY | {"DATASET": "stories.txt"} | changes
+            env = os.environ | {f"SLM_{name}": str(value) for name, value in wanted.items()}
+            command = [sys.executable, *([] if alone else several), str(training_script)]
+            with open(folder / "said", "w") as said:
+                options = {"stdout": said, "stderr": said, "start_new_session": True}
+                runs.append(subprocess.Popen(command, cwd=folder, env=env, **options))
+        started.extend(runs)
+        return runs
+
+    yield start
+    for run in started:
+        stop(run)
+
+
+def stop(run):
+    """SIGKILL a process and its children, as a machine that loses its power does."""
+    children = subprocess.run(["ps", "--ppid", str(run.pid), "-o", "pid="], capture_output=True)
+    for pid in [run.pid, *map(int, children.stdout.split())] if run.poll() is None else []:
+        os.kill(pid, signal.SIGKILL)
+    run.wait()
+
+
+def ended(runs, folder, seconds=600) -> list[str]:
+    """What they have printed when all of them have ended, without an error."""
+    codes = [run.wait(timeout=seconds) for run in runs]
+    said = [path.read_text() for path in sorted(folder.glob("*/said"))]
+    assert not any(codes), said
+    return said
+
+
+@pytest.mark.slow
+def test_two_machines_with_disks_of_their_own_learn_what_one_learns_and_resume(machines, tmp_path):
+    """The second machine has no last.pt, so rank 0 has to send what it has read."""
+    for steps in (6, 9):
+        ended(machines({"MAX_STEPS": steps}, alone=True), tmp_path)
+        said = ended(machines({"MAX_STEPS": steps}, {"MAX_STEPS": steps}), tmp_path)
+        assert len(losses(tmp_path / "0")) == steps
+        assert losses(tmp_path / "0") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    assert "Resuming after step 6" in said[0]
+    assert not list(tmp_path.glob("1/runs/*")) and list(tmp_path.glob("1/data/*/train.bin"))
+
+
+@pytest.mark.slow
+def test_machines_whose_texts_or_plans_differ_are_refused_with_a_sentence(nb, machines, tmp_path):
+    (tmp_path / "other.txt").write_text("\n\n".join(nb.practice_corpus(600, seed=4)[0]))
+    runs = machines({"MAX_STEPS": 6}, {"MAX_STEPS": 7, "DATASET": tmp_path / "other.txt"})
+    assert all(run.wait(timeout=240) for run in runs)
+    for said in sorted(tmp_path.glob("*/said")):
+        (sentence,) = [line for line in said.read_text().split("\n") if "UserError: " in line]
+        assert "The processes of this run differ in" in sentence
+        assert "tokenizer, text" in sentence and "max_steps" in sentence
+    assert not list(tmp_path.glob("*/runs/*/last.pt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_machine_that_dies_ends_the_other_within_a_minute(machines, tmp_path, nb, dies):
+    settings = {"MAX_STEPS": 30_000, "TRAINING": TINY["TRAINING"] | {"evaluations": 3_000}}
+    runs = machines(settings, settings)
+    deadline = time.time() + 240
+    while not list(tmp_path.glob("0/runs/*/last.pt")):
+        assert time.time() < deadline and runs[0].poll() is None, (tmp_path / "0/said").read_text()
+        time.sleep(0.5)
+    stop(runs[dies])
+    other = 1 - dies
+    assert runs[other].wait(timeout=60) != 0
+    said = (tmp_path / str(other) / "said").read_text()
+    (sentence,) = [line for line in said.split("\n") if "UserError: " in line]
+    assert "of this run has died" in sentence
+    nb.load_checkpoint(*tmp_path.glob("0/runs/*/last.pt"))  # raises if it is not whole
+
+
+@pytest.mark.slow
+def test_two_machines_that_compile_learn_what_one_learns(machines, tmp_path):
+    settings = {"MAX_STEPS": 3, "TRAINING": TINY["TRAINING"] | {"compile": True}}
+    ended(machines({"MAX_STEPS": 3}, alone=True), tmp_path)
+    said = ended(machines(settings, settings), tmp_path)
+    assert "Compiling the model" in said[0] and "torch.compile fails" not in said[0]
+    assert losses(tmp_path / "0") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
 
 @pytest.mark.slow

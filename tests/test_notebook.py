@@ -99,10 +99,10 @@ def test_ruff_has_nothing_to_say(command):
 # speed or looks, and GitHub unfolds them.
 BUDGETS = {
     "open code lines": 1_150,
-    "folded code lines": 1_830,  # the design asks for 950
+    "folded code lines": 1_821,  # the design asks for 950
     "longest open cell": 45,
     "longest folded cell": 80,
-    "words of prose": 9_200,  # the design asks for 8,500
+    "words of prose": 8_500,
     "open lines before the first network": 300,
 }
 
@@ -217,7 +217,7 @@ def test_the_executed_notebook_says_practice_and_what_was_set(executed):
     assert "PRACTICE CORPUS" in text and "it is not TinyStories" in text
     assert "MAX_STEPS = 40 (from the environment" in text
     assert "40 steps of 1,024 tokens, 0 done" in text
-    assert "The entropy of the practice corpus is 41.59 nats per story" in text
+    assert "The entropy of the practice corpus is 36.70 nats per story" in text
     assert re.search(r"validation: 1,000 stories, ([\d,]+) of \1 tokens", text)  # all of them
 
 

@@ -1,5 +1,6 @@
 """What readers rarely meet: the hub itself, the clock, odd files, resuming in float16."""
 
+import contextlib
 import types
 
 import datasets
@@ -174,7 +175,7 @@ def test_ten_and_ten_equal_twenty_in_float16_with_its_scale(nb, tmp_path, monkey
 
 
 # Processes that die.
-def test_an_error_of_a_process_is_a_sentence_only_among_several(nb, tmp_path, monkeypatch):
+def test_an_error_of_a_process_is_a_sentence_only_among_several(nb, tmp_path):
     run, x = twenty_steps(nb, tmp_path / "run", stop_at=2), torch.zeros(2, 16, dtype=torch.long)
     for error in ("Connection closed by peer\nmore", "CUDA out of memory"):
 
@@ -182,11 +183,23 @@ def test_an_error_of_a_process_is_a_sentence_only_among_several(nb, tmp_path, mo
             raise RuntimeError(error)
 
         run.forward = dies
-        monkeypatch.setattr(nb, "WORLD", 1)
         with pytest.raises((RuntimeError, nb.UserError)) as alone:
             nb.step_with_oom_retry(run, x, x, 1e-3)
         assert "rocess" not in str(alone.value)
-        monkeypatch.setattr(nb, "WORLD", 2)  # here nothing is tried again: the others wait
+        dies.no_sync = contextlib.nullcontext  # joined: nothing is tried again, the others wait
         with pytest.raises(nb.UserError, match=f"step 2: {error.splitlines()[0]}") as caught:
             nb.step_with_oom_retry(run, x, x, 1e-3)
         assert "\n" not in str(caught.value) and "has died" in str(caught.value)
+
+
+def test_a_broken_connection_is_one_sentence(nb, monkeypatch):
+    def breaks(*_):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(nb, "WORLD", 2)
+    monkeypatch.setattr(nb, "patient", None, raising=False)
+    monkeypatch.setattr(nb.dist, "all_gather_object", breaks)
+    monkeypatch.setattr(nb.dist, "broadcast_object_list", breaks)
+    for talk in (nb.gather_from_ranks, lambda: nb.broadcast_from_rank_0(1)):
+        with pytest.raises(nb.UserError, match="Another process of this run has died"):
+            talk()

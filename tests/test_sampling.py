@@ -121,16 +121,15 @@ def test_one_seed_one_story(small_model):
 @pytest.mark.parametrize("rope", [False, True])
 def test_cached_logits_equal_the_uncached(small_model, rope):
     model, ids = small_model(rope=rope).eval(), torch.arange(32).view(2, 16) * 11
-    caches = [[] for _ in model.transformer.h]
+    caches = model.empty_caches(2, 16)
     with torch.no_grad():
         whole = model(ids)[0]
         parts = [model.hidden(ids[:, :5], caches)]
-        parts += [model.hidden(ids[:, t : t + 1], caches) for t in range(5, 16)]
+        parts += [model.hidden(ids[:, t : t + 1], caches, t) for t in range(5, 16)]
         cached = model.lm_head(torch.cat(parts, dim=1))
     torch.testing.assert_close(cached, whole, rtol=1e-4, atol=1e-4)
-    caches = [[part[:, :, :5] for part in cache] for cache in caches]
     with pytest.raises(AssertionError, match="one at a time"):  # the first would see the second
-        model.hidden(ids[:, 5:7], caches)
+        model.hidden(ids[:, 5:7], caches, 5)
 
 
 @pytest.mark.parametrize("rope", [False, True])

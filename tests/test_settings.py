@@ -180,11 +180,25 @@ def test_float32_on_apple_gpus(nb):
 
 
 @pytest.mark.parametrize(
-    "float32, bfloat16, dtype", [(1.0, 0.5, torch.bfloat16), (0.5, 1.0, torch.float32)]
+    "float32, bfloat16, dtype",
+    [
+        ([1.0] * 10, [0.5] * 10, torch.bfloat16),
+        ([0.5] * 10, [1.0] * 10, torch.float32),
+        ([1.0] * 10, [9.0] * 9 + [0.5], torch.bfloat16),  # beside other programs
+    ],
+    ids=["bfloat16 faster", "float32 faster", "bfloat16 interrupted"],
 )
 def test_the_cpu_takes_the_faster_format(nb, monkeypatch, float32, bfloat16, dtype):
-    times = iter([bfloat16, float32])
-    monkeypatch.setattr(nb, "median_seconds", lambda *_: next(times))
+    times, clock = iter([0.0, *bfloat16, 0.0, *float32]), [0.0]
+
+    def perf_counter():  # each call takes the next of these times
+        if perf_counter.running:
+            clock[0] += next(times)
+        perf_counter.running = not perf_counter.running
+        return clock[0]
+
+    perf_counter.running = False
+    monkeypatch.setattr(nb.time, "perf_counter", perf_counter)
     assert nb.choose_precision(torch.device("cpu"))[0] == dtype
 
 

@@ -436,7 +436,7 @@ def test_the_speed_is_that_of_what_runs_with_the_optimizer_counted_once(
 
 @pytest.mark.parametrize(
     "budget, hint",
-    [({"minutes": 1.0}, "MINUTES = 44."), ({"max_steps": 50}, "MAX_STEPS = 5000.")],
+    [({"minutes": 1.0}, "MINUTES = 44 "), ({"max_steps": 50}, "MAX_STEPS = 5000.")],
 )
 def test_a_plan_for_too_few_tokens_says_so_and_what_would_do(
     nb, make_run, stream, budget, hint, steps_of_half_a_second
@@ -709,6 +709,18 @@ def test_short_memory_while_compiling_halves_and_keeps_the_compiler(
     assert run.forward is not run.model and run.batch_size == 2
     assert "fails" not in capsys.readouterr().out
     assert all(p.grad is None for p in run.model.parameters())
+
+
+def test_the_weakest_of_several_processes_decides(nb, make_run, stream, monkeypatch):
+    """The other process has no compiler, memory for two windows, and takes nine seconds."""
+    monkeypatch.setattr(nb, "WORLD", 2)
+    monkeypatch.setattr(nb.torch, "compile", lambda model: lambda *args, **kw: model(*args, **kw))
+    monkeypatch.setattr(nb.nn.parallel, "DistributedDataParallel", lambda forward: forward)
+    other = {tuple: (False, 2), float: 9.0}
+    monkeypatch.setattr(nb, "gather_from_ranks", lambda value: [value, other[type(value)]])
+    run = make_run(compile=True)
+    assert run.batch_size > 2 and nb.get_ready(run, stream) == 9.0
+    assert run.forward is run.model and run.batch_size == 2
 
 
 @pytest.mark.parametrize(
