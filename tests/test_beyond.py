@@ -130,7 +130,7 @@ def ended(runs, folder, seconds=600) -> list[str]:
     """What they have printed when all of them have ended, without an error."""
     codes = [run.wait(timeout=seconds) for run in runs]
     said = [path.read_text() for path in sorted(folder.glob("*/said"))]
-    assert not any(codes), said
+    assert not any(codes), "\n\n".join(text[-3_000:] for text in said)
     return said
 
 
