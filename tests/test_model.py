@@ -35,8 +35,8 @@ def test_the_formula_counts_the_parameters(nb, small_model, changes):
     assert sum(nb.count_parameters(model.config).values()) == expected
 
 
-def test_there_are_the_seven_presets(nb):
-    names = ["slm", "babymodel", "nano", "minimalist", "tiny", "storyteller", "laptop"]
+def test_there_are_the_eight_presets(nb):
+    names = ["slm", "babymodel", "nano", "minimalist", "tiny", "storyteller", "bookworm", "laptop"]
     assert list(nb.PRESETS) == names
 
 

@@ -99,7 +99,7 @@ def test_ruff_has_nothing_to_say(command):
 # speed or looks, and GitHub unfolds them.
 BUDGETS = {
     "open code lines": 1_150,
-    "folded code lines": 1_821,  # the design asks for 950
+    "folded code lines": 1_817,  # the design asks for 950
     "longest open cell": 45,
     "longest folded cell": 80,
     "words of prose": 8_500,
@@ -309,7 +309,7 @@ def test_missing_weights_end_the_program_with_a_sentence(script, tmp_path):
         run_script(script, tmp_path, {"TRAIN": False, "WEIGHTS": "no.pt"})
 
 
-# Every preset, on real stories where they are at hand.
+# The presets, on real stories where they are at hand.
 @pytest.fixture(scope="module")
 def real(nb, sample, tmp_path_factory):
     """A folder whose dataset has the sample's training stories and 100 to validate."""
@@ -325,13 +325,13 @@ def real(nb, sample, tmp_path_factory):
 
 
 FAST = ("laptop", "babymodel")
-ALL = ("slm", "babymodel", "nano", "minimalist", "tiny", "storyteller", "laptop")
+ALL = ("slm", "babymodel", "storyteller", "bookworm", "laptop")  # the others: only other numbers
 
 
 @pytest.mark.parametrize(
     "preset", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 )
-def test_every_preset_runs_every_cell_on_stories(nb, real, script, preset):
+def test_the_preset_runs_every_cell_on_stories(nb, real, script, preset):
     settings = {
         "PRESET": preset,
         "DATASET": real / "stories",
