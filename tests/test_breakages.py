@@ -21,8 +21,8 @@ BREAKAGES = {  # what is broken: (what stands in the notebook, what takes its pl
         "lambda s: in_batches(stories[s]), sizes)",
         'lambda s: in_batches(stories["train"]), sizes)',
     ),
-    "BPE does not recount touched pairs": ("pair_counts[old] -= n", "pass"),
-    "BPE breaks ties by chance": ("(-count, pair) for pair", "(-count, pair[::-1]) for pair"),
+    "BPE does not recount touched pairs": ("count(word, -1)", "pass"),
+    "BPE breaks ties by chance": ("(-pair_counts[pair], pair)", "(-pair_counts[pair], pair[::-1])"),
     "tokens are put together the wrong way round": (
         "tokens[left] + tokens[right]",
         "tokens[right] + tokens[left]",
@@ -41,11 +41,18 @@ BREAKAGES = {  # what is broken: (what stands in the notebook, what takes its pl
         "return windows[:, :-1], windows[:, 1:]",
         "return windows[:, :-1], windows[:, :-1]",
     ),
-    "batches do not depend on the step": ("default_rng([seed, step])", "default_rng([seed])"),
-    "batches cannot be repeated": ("default_rng([seed, step])", "default_rng()"),
+    "batches do not depend on the step": (
+        "np.arange(step * batch_size, (step + 1)",
+        "np.arange(0, (0 + 1)",
+    ),
+    "batches cannot be repeated": (
+        "starts[shuffled(len(starts), batch_size, seed, step)]",
+        "np.random.default_rng().choice(starts, batch_size)",
+    ),
+    "an epoch reads some windows twice": ("permutation(n)", "integers(n, size=n)"),
     "windows begin anywhere": (
-        "starts = np.repeat(begins, pieces)",
-        "starts = 1 + np.repeat(begins, pieces)",
+        "for i in range(a, b, block_size)",
+        "for i in range(a + 1, b, block_size)",
     ),
     "the gradient by hand has the wrong sign": ("(loss_of(1.0 + 1e-4) -", "(loss_of(1.0 + 1e-4) +"),
     "the chain rule forgets a link": ("by_h = by_z * h, by_z * b", "by_h = by_z * h, by_z"),
@@ -84,7 +91,7 @@ BREAKAGES = {  # what is broken: (what stands in the notebook, what takes its pl
     ),
     "the schedule rises": ("0.5 * (1 + math.cos", "0.5 * (1 - math.cos"),
     "the warm-up begins at zero": ("cfg.learning_rate * (step + 1)", "cfg.learning_rate * step"),
-    "micro-batches count in full": ("scaler.scale(loss * part)", "scaler.scale(loss)"),
+    "micro-batches count in full": ("[1] * (len(xs) / len(x))", "[1]"),
     "gradients are clipped before they are unscaled": ("run.scaler.unscale_(optimizer)", "pass"),
     "nothing is clipped": ("run.cfg.grad_clip)", "1e9)"),
     "old gradients stay": (

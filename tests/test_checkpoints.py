@@ -172,14 +172,6 @@ def test_checkpoints_that_do_not_fit_are_refused(nb, saved, key, value):
         nb.load_model(saved[0])
 
 
-def test_a_tokenizer_of_another_size_than_the_model_is_refused(nb, saved, stories):
-    stored = torch.load(saved[0], weights_only=True)
-    other = nb.describe_tokenizer(nb.train_bpe(stories, 500))
-    torch.save(stored | {"tokenizer": other}, saved[0])
-    with pytest.raises(nb.UserError):
-        nb.load_model(saved[0])
-
-
 def test_a_folder_that_cannot_be_written_is_a_plain_sentence(nb, small_model, tokenizer, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(nb.UserError, match="FOLDER"):

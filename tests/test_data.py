@@ -515,15 +515,11 @@ def test_a_full_disk_is_a_plain_sentence(nb, tokenizer, stories, tmp_path, monke
 
 def test_two_notebooks_may_write_the_same_file_at_once(nb, tmp_path):
     path = tmp_path / "train.bin"
-    left = [tmp_path / f"{hours}-train.bin.tmp" for hours in (0, 2)]
-    for hours, file in zip((0, 2), left):  # of another notebook, and of one that was killed
-        file.touch()
-        nb.os.utime(file, (nb.time.time() - 3600 * hours,) * 2)
     with nb.atomic_write(path) as one, nb.atomic_write(path) as other:
         one.write(b"first")
         other.write(b"second")
     assert path.read_bytes() == b"first"  # renamed last
-    assert sorted(tmp_path.iterdir()) == sorted([path, left[0]])
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
@@ -641,6 +637,17 @@ def test_batches_take_all_given_starts_and_no_others(nb, stream, tokenizer):
     windows = stream[starts[:, None] + np.arange(17)].astype(np.int64)
     drawn = np.hstack([x.numpy(), y[:, -1:].numpy()])
     assert set(map(tuple, drawn)) == set(map(tuple, windows))
+
+
+@pytest.mark.parametrize("n, batch_size", [(10, 4), (64, 16), (3, 8), (1, 2)])
+def test_an_epoch_reads_each_window_once_in_an_order_of_its_own(nb, n, batch_size):
+    steps = math.lcm(n, batch_size) // batch_size  # whole epochs
+    read = np.concatenate([nb.shuffled(n, batch_size, 5, step) for step in range(2 * steps)])
+    epochs = read.reshape(-1, n)
+    assert (np.sort(epochs) == np.arange(n)).all()
+    if n >= 10:
+        assert (epochs[0] != epochs[1]).any() and (epochs[0] != np.arange(n)).any()
+        assert (nb.shuffled(n, n, 6, 0) != epochs[0]).any()
 
 
 def test_windows_reach_both_ends_of_the_stream(nb):

@@ -99,7 +99,7 @@ def test_ruff_has_nothing_to_say(command):
 # speed or looks, and GitHub unfolds them.
 BUDGETS = {
     "open code lines": 1_150,
-    "folded code lines": 1_817,  # the design asks for 950
+    "folded code lines": 1_594,  # the design asks for 950
     "longest open cell": 45,
     "longest folded cell": 80,
     "words of prose": 8_500,
@@ -237,12 +237,12 @@ def test_it_writes_below_data_and_runs_alone(executed, run_folder):
     }
     assert [p.name for p in (folder / "runs").iterdir()] == [run_folder.name]
     files = {p.name for p in run_folder.iterdir()}
-    assert {"last.pt", "best_model_params.pt", "history.json", "plots"} <= files
+    assert {"last.pt", "best_model_params.pt", "plots"} <= files
     assert {"curves.png"} <= {p.name for p in (run_folder / "plots").iterdir()}
     assert not list(folder.rglob("*.tmp"))
 
 
-def test_ribbons_and_history_are_what_they_say(nb, executed, run_folder):
+def test_token_files_and_history_are_what_they_say(nb, executed, run_folder):
     data = executed[0] / "data" / "practice-bpe512"
     for split, stories in (("train", 40_000), ("validation", 1_000)):
         meta = json.loads((data / f"{split}.json").read_text())
@@ -250,7 +250,7 @@ def test_ribbons_and_history_are_what_they_say(nb, executed, run_folder):
         assert (data / f"{split}.bin").stat().st_size == 2 * meta["tokens"]
         content = (data / f"{split}.bin").read_bytes()
         assert nb.hashlib.sha256(content).hexdigest() == meta["sha256"]
-    history = json.loads((run_folder / "history.json").read_text())
+    history = nb.load_checkpoint(run_folder / "last.pt")
     assert len(history["steps"]) == 40
     assert [e["step"] for e in history["evaluations"]] == [0, 10, 20, 30, 40]
     assert history["evaluations"][-1]["loss"] < history["evaluations"][0]["loss"]
@@ -272,10 +272,10 @@ def continued(executed, script):
     return run_script(script, executed[0], SMALL | {"MAX_STEPS": 44})
 
 
-def test_the_plain_script_resumes_the_notebooks_run(continued, run_folder):
+def test_the_plain_script_resumes_the_notebooks_run(nb, continued, run_folder):
     assert "Resuming after step 40." in continued and "44 steps of 1,024 tokens" in continued
     assert "train.bin: reusing" in continued and "BPE: reusing" in continued
-    assert len(json.loads((run_folder / "history.json").read_text())["steps"]) == 44
+    assert len(nb.load_checkpoint(run_folder / "last.pt")["steps"]) == 44
     assert ENDING.search(continued)
     assert (run_folder / "plots" / "attention.png").stat().st_size > 1_000
 

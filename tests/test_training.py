@@ -210,7 +210,7 @@ def test_ten_broken_steps_in_a_row_stop_with_advice(nb, tmp_path, monkeypatch):
 
 
 OUT_OF_MEMORY = [
-    torch.OutOfMemoryError("CUDA"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("MPS backend out of memory (MPS allocated: 3.57 GB)"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
 ]
@@ -247,11 +247,11 @@ def test_the_micro_batch_that_fits_is_found_before_anything_is_announced(
     nb, make_run, stream, capsys, error
 ):
     run = make_run(tokens_per_step=16 * 36, batch_size=30)
-    assert run.batch_size == 18
+    assert run.batch_size == 30
     hungry(run, 5, error)
     run.cfg.compile = False
     text = nb.plan_run(run, stream, stream)
-    assert run.batch_size == 4 and "Out of memory" in capsys.readouterr().out
+    assert run.batch_size == 3 and "Out of memory" in capsys.readouterr().out
     assert "tokens/s" in text
 
 
@@ -263,14 +263,6 @@ def test_measuring_with_little_memory_gives_the_same_figure(nb, a_run, stream, t
     hungry(a_run, 0, error)
     with pytest.raises(RuntimeError):
         nb.evaluate(a_run.model, stream[:2_000], tokenizer)
-
-
-@pytest.mark.parametrize(
-    "windows, most, size",
-    [(8, 64, 8), (64, 24, 16), (39, 8, 8), (36, 30, 18), (508, 64, 64), (7, 1, 1)],
-)
-def test_micro_batches_are_of_one_size_where_a_near_size_allows_it(make_run, windows, most, size):
-    assert make_run(tokens_per_step=16 * windows, batch_size=most).batch_size == size
 
 
 def test_any_other_error_is_not_taken_for_short_memory(nb, a_run):
@@ -415,10 +407,8 @@ def test_measuring_the_speed_changes_nothing(nb, make_run, stream, kind):
     assert all(p.grad is None for p in run.model.parameters())
 
 
-def test_the_speed_is_that_of_what_runs_with_the_optimizer_counted_once(
-    nb, make_run, stream, monkeypatch
-):
-    """Four micro-batches of 3 s, and once 0.5 s to clip and to move."""
+def test_the_speed_is_measured_on_two_micro_batches(nb, make_run, stream, monkeypatch):
+    """Four micro-batches of 3 s, and for each two 0.5 s to clip and to move."""
     run, now = make_run(batch_size=2), [0.0]
 
     def slow(seconds, function):
@@ -431,7 +421,7 @@ def test_the_speed_is_that_of_what_runs_with_the_optimizer_counted_once(
     run.forward = slow(3.0, run.model)
     monkeypatch.setattr(nb, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(nb, "training_step", slow(0.5, nb.training_step))
-    assert nb.seconds_per_step(run, stream) == pytest.approx(12.5)
+    assert nb.seconds_per_step(run, stream) == pytest.approx(13.0)
 
 
 @pytest.mark.parametrize(
@@ -444,30 +434,6 @@ def test_a_plan_for_too_few_tokens_says_so_and_what_would_do(
     text = nb.plan_run(make_run(**budget), stream, stream, enough=640_000)
     assert "TOO LITTLE" in text and "0.6 M tokens" in text and hint in text
     assert "TOO LITTLE" not in nb.plan_run(make_run(**budget), stream, stream, enough=6_000)
-
-
-def test_a_wrong_announcement_is_corrected_after_half_a_minute(
-    nb, tmp_path, monkeypatch, capsys, steps_of_half_a_second
-):
-    """Announced: half a second per step. In fact it is ten, so 15 steps fit."""
-    now, training_step, plain = [0.0], nb.training_step, nb.train
-
-    def slow(*arguments):
-        now[0] += 10.0
-        return training_step(*arguments)
-
-    def announced(run, *rest, **options):
-        run.announced = 0.5
-        plain(run, *rest, **options)
-
-    monkeypatch.setattr(nb, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(nb, "training_step", slow)
-    monkeypatch.setattr(nb, "train", announced)
-    budget = {"max_steps": None, "minutes": 2.5}
-    run = twenty_steps(nb, tmp_path / "run", training=budget)
-    said = capsys.readouterr().out
-    assert "Corrected: 15 steps" in said and "4 done; a step takes 10 s" in said
-    assert said.count("Corrected") == 1 and run.step == 15
 
 
 def test_a_finished_run_is_finished_until_its_budget_is_raised(
@@ -492,8 +458,8 @@ def test_a_finished_run_is_finished_until_its_budget_is_raised(
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
     for budget in ({"max_steps": None, "minutes": 2.0}, {"max_steps": 40}):
         run = reopened(**budget)
-        text = nb.plan_run(run, stream, stream)
-        assert run.max_steps > 20 and "the learning rate rises again, from 0.00011 to" in text
+        nb.plan_run(run, stream, stream)
+        assert run.max_steps > 20
 
 
 # Runs.
@@ -639,42 +605,27 @@ def test_any_setting_that_shapes_the_run_makes_another_run(nb, in_one_go, tokeni
     others.append(name({}, {}, 1, "text", nb.train_bpe(stories[50:], 400)))
     assert len({here, *others}) == len(others) + 1
     machine = {"minutes": 5.0, "max_steps": 21, "evaluations": 3, "save_minutes": 1.0}
-    machine |= {"compile": False, "batch_size": 2, "precision": "float32", "grad_clip": 1}
+    machine |= {"compile": False, "batch_size": 2, "precision": "float32"}
     assert name({}, machine, 1, "text") == here
 
 
-def test_another_run_in_the_folder_is_refused_with_all_that_differs(nb, in_one_go, cpu, stories):
-    config = nb.dataclasses.replace(in_one_go.model.config, n_layer=3)
-    cfg = nb.TrainConfig(**nb.asdict(in_one_go.cfg) | {"learning_rate": 2e-3})
-    parts = (config, cfg, nb.train_bpe(stories[50:], 400), cpu)
-    with pytest.raises(nb.UserError) as caught:
-        nb.open_run(in_one_go.folder, *parts, 7, "another text")
-    for part in ("n_layer = 2 there, 3 here", "learning_rate = 0.001 there, 0.002 here"):
-        assert part in str(caught.value)
-    for part in ("tokenizer = ", "text = ", "seed = 1 there, 7 here"):
-        assert part in str(caught.value)
+def test_another_run_in_the_folder_is_refused(nb, in_one_go, tokenizer, cpu):
+    config, before = in_one_go.model.config, (in_one_go.folder / "last.pt").read_bytes()
+    for seed, text in ((7, ""), (1, "another text")):
+        with pytest.raises(nb.UserError, match="last.pt is another run's"):
+            nb.open_run(in_one_go.folder, config, in_one_go.cfg, tokenizer, cpu, seed, text)
+    assert (in_one_go.folder / "last.pt").read_bytes() == before
 
 
-def test_resume_false_starts_again_once_and_keeps_the_old_run(nb, tokenizer, cpu, tmp_path):
-    def reopened():
-        parts = (old.model.config, old.cfg, tokenizer, cpu, 1)
-        return nb.open_run(tmp_path / "run", *parts, resume=False)
-
+def test_resume_false_starts_again_and_keeps_the_old_run(nb, tokenizer, cpu, tmp_path, monkeypatch):
     old = twenty_steps(nb, tmp_path / "run", stop_at=2)
-    fresh = reopened()
-    assert fresh.step == 0 and not (tmp_path / "run").exists()
-    assert (tmp_path / "run-old1" / "last.pt").exists()
-    assert twenty_steps(nb, tmp_path / "run", stop_at=3).step == 3
-    assert reopened().step == 3  # to go on, with RESUME = False still set
-    nb.STARTED_AGAIN.clear()  # a new session
-    assert reopened().step == 0 and (tmp_path / "run-old2" / "last.pt").exists()
-
-
-def test_history_is_written_beside_the_weights(nb, in_one_go):
-    history = nb.json.loads((in_one_go.folder / "history.json").read_text())
-    assert len(history["steps"]) == 20
-    assert [e["step"] for e in history["evaluations"]] == [0, 10, 20]
-    assert all(e["story"].startswith("Once") for e in history["evaluations"])
+    parts = (old.model.config, old.cfg, tokenizer, cpu, 1)
+    for now in ("yesterday", "today"):
+        monkeypatch.setattr(nb.time, "strftime", lambda _, now=now: now)
+        assert nb.open_run(tmp_path / "run", *parts, resume=False).step == 0
+        assert nb.load_checkpoint(tmp_path / f"run-until-{now}" / "last.pt")["step"] == 2
+        assert not (tmp_path / "run").exists()
+        twenty_steps(nb, tmp_path / "run", stop_at=2)
 
 
 # Compiling.
@@ -698,7 +649,7 @@ def test_short_memory_while_compiling_halves_and_keeps_the_compiler(
     def compile_(model):
         def compiled(x, y, loss_only):
             if len(x) > 2:
-                raise torch.OutOfMemoryError("test")
+                raise torch.OutOfMemoryError("CUDA out of memory.")
             return model(x, y, loss_only=loss_only)
 
         return compiled
@@ -712,15 +663,15 @@ def test_short_memory_while_compiling_halves_and_keeps_the_compiler(
 
 
 def test_the_weakest_of_several_processes_decides(nb, make_run, stream, monkeypatch):
-    """The other process has no compiler, memory for two windows, and takes nine seconds."""
+    """The other process has memory for two windows, and takes nine seconds."""
     monkeypatch.setattr(nb, "WORLD", 2)
     monkeypatch.setattr(nb.torch, "compile", lambda model: lambda *args, **kw: model(*args, **kw))
     monkeypatch.setattr(nb.nn.parallel, "DistributedDataParallel", lambda forward: forward)
-    other = {tuple: (False, 2), float: 9.0}
+    other = {int: 2, float: 9.0}
     monkeypatch.setattr(nb, "gather_from_ranks", lambda value: [value, other[type(value)]])
     run = make_run(compile=True)
     assert run.batch_size > 2 and nb.get_ready(run, stream) == 9.0
-    assert run.forward is run.model and run.batch_size == 2
+    assert run.batch_size == 2
 
 
 @pytest.mark.parametrize(
@@ -733,10 +684,11 @@ def test_the_weakest_of_several_processes_decides(nb, make_run, stream, monkeypa
     ],
 )
 def test_a_gpu_compiles_where_the_budget_that_decides_is_long(nb, monkeypatch, budget, wanted):
-    monkeypatch.setattr(nb.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(nb, "seconds_per_step", lambda *_: 1.0)
+    monkeypatch.setattr(torch, "compile", lambda model: "compiled")
     gpu = nb.Machine(torch.device("cuda"), torch.bfloat16, "test")
-    assert nb.worth_compiling(nb.TrainConfig(**budget), gpu) == wanted
+    run = types.SimpleNamespace(cfg=nb.TrainConfig(**budget), machine=gpu, model=None, forward=None)
+    assert nb.get_ready(run, None) == 1.0 and (run.forward == "compiled") == wanted
 
 
 @pytest.mark.slow
