@@ -247,4 +247,4 @@ def test_the_published_weights_have_the_figure_that_is_told(nb, sample):
     measured = nb.bits_per_byte(model, tokenizer, stories)
     told = (ROOT / "plots" / "MEASURED.md").read_text(encoding="utf-8")
     told = float(re.search(r"`best_model_params.pt`: (0\.\d+) bits per byte", told)[1])
-    assert abs(measured - told) < 1e-3 if SAMPLE else told < measured < 1.2
+    assert abs(measured - told) < 1e-3 if SAMPLE else told < measured < 1.4
