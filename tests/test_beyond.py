@@ -241,7 +241,7 @@ def test_a_wrong_setting_ends_a_program_with_one_sentence(script, tmp_path):  # 
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_run_with_a_sentence_and_a_whole_checkpoint(
+def test_a_process_that_dies_ends_the_run_and_leaves_a_whole_checkpoint(
     nb,
     script,  # noqa: F811
     tmp_path,

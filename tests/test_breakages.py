@@ -21,8 +21,8 @@ BREAKAGES = {  # what is broken: (what stands in the notebook, what takes its pl
         "lambda s: in_batches(stories[s]), sizes)",
         'lambda s: in_batches(stories["train"]), sizes)',
     ),
-    "BPE does not recount touched pairs": ("count(word, -1)", "pass"),
-    "BPE breaks ties by chance": ("(-pair_counts[pair], pair)", "(-pair_counts[pair], pair[::-1])"),
+    "BPE does not recount touched pairs": ("pair_counts[old] -= n", "pass"),
+    "BPE breaks ties by chance": ("(-count, pair) for pair", "(-count, pair[::-1]) for pair"),
     "tokens are put together the wrong way round": (
         "tokens[left] + tokens[right]",
         "tokens[right] + tokens[left]",
