@@ -324,7 +324,7 @@ def real(nb, sample, tmp_path_factory):
     return folder
 
 
-FAST = ("laptop", "babymodel")
+FAST = ("laptop",)
 ALL = ("slm", "babymodel", "storyteller", "bookworm", "laptop")  # the others: only other numbers
 
 
